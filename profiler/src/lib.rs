@@ -1,0 +1,8 @@
+//! deferprof: a profiler for Go's `defer` in running programs.
+//!
+//! The data flows one way: file bytes → inventory of sites (`deferprof-symbols`) → plan →
+//! [`engine`] → counters → [`profile`] → [`report`].
+
+pub mod engine;
+pub mod profile;
+pub mod report;

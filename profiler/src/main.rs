@@ -1,0 +1,3 @@
+//! The `deferprof` command.
+
+fn main() {}
