@@ -1,12 +1,25 @@
 //! One Go executable, opened for questions.
 
-use crate::{Inventory, Result, VirtualAddress};
+use crate::buildinfo::BuildInfo;
+use crate::callee::text;
+use crate::elf::Image;
+use crate::error::damaged;
+use crate::module::Module;
+use crate::release::{KNOWN, Layout, Release};
+use crate::sites::Search;
+use crate::{
+    Architecture, BinaryInfo, FileOffset, Inventory, Mechanism, Reason, Result, VirtualAddress,
+    pclntab, reason,
+};
 
 /// A Go executable whose headers, release and function table have been found.
 /// It borrows the file's bytes and copies nothing large.
 #[derive(Debug)]
 pub struct Binary<'data> {
-    bytes: &'data [u8],
+    image: Image<'data>,
+    build: BuildInfo,
+    release: Release,
+    module: Module<'data>,
 }
 
 /// One frame of source code at an address.
@@ -18,30 +31,129 @@ pub struct Frame {
     pub file: String,
     /// Line; 0 if pclntab has none.
     pub line: u32,
-    /// The line on which the function starts (since 1.20), otherwise 0.
+    /// The line on which the function starts (since 1.20), otherwise 0, also for inlined frames.
     pub start_line: u32,
 }
 
 impl<'data> Binary<'data> {
     /// Reads headers, build info and tables.
+    ///
+    /// # Errors
+    /// [`Error`](crate::Error) says what is wrong with the file: not ELF, not Go, damaged, of an
+    /// unknown release or architecture.
     pub fn parse(bytes: &'data [u8]) -> Result<Self> {
-        Ok(Self { bytes })
+        let image = Image::parse(bytes)?;
+        let location = pclntab::locate(&image).ok_or_else(|| pclntab::missing(bytes))?;
+        let build = BuildInfo::find(&image)
+            .ok_or_else(|| damaged("build info", "it is missing, so the Go release is unknown"))?;
+        let release = Release::parse(&build.version).ok_or_else(|| {
+            damaged(
+                "build info",
+                format!("it names no Go release: {:?}", build.version),
+            )
+        })?;
+        let layout = Layout::of(release, &build.version)?;
+        let module = Module::find(&image, location, layout)?;
+        Ok(Self {
+            image,
+            build,
+            release,
+            module,
+        })
     }
 
     /// Lists every defer site. Decodes only functions that contain defers.
+    ///
+    /// # Errors
+    /// None at present: what could not be followed is in [`Inventory::warnings`].
     pub fn inventory(&self) -> Result<Inventory> {
-        Err(crate::Error::NotGo)
+        let search = Search {
+            image: &self.image,
+            module: &self.module,
+            release: self.release,
+            build: &self.build,
+        };
+        let (sites, mut warnings) = search.run();
+        if self.release.is_newer_than_known() {
+            warnings.insert(
+                0,
+                format!(
+                    "{} is newer than this deferprof knows ({KNOWN})",
+                    self.build.version
+                ),
+            );
+        }
+        let unoptimized = reason::optimizations_off(&self.build)
+            && !sites
+                .iter()
+                .any(|s| s.mechanism == Mechanism::OpenCoded && s.function.starts_with("main."));
+        debug_assert!(
+            sites
+                .iter()
+                .all(|s| s.reason != Some(Reason::OldRelease) || self.release.minor < 14)
+        );
+        let binary = BinaryInfo {
+            go_version: self.build.version.clone(),
+            architecture: self.image.architecture,
+            build_id: self.image.build_id.map(text),
+            pie: self.image.pie,
+            stripped: self.image.stripped,
+            optimized: !unoptimized,
+        };
+        Ok(Inventory {
+            binary,
+            sites,
+            warnings,
+        })
+    }
+
+    /// The Go release as the build info names it.
+    pub fn go_version(&self) -> &str {
+        &self.build.version
+    }
+
+    /// The instruction set.
+    pub fn architecture(&self) -> Architecture {
+        self.image.architecture
+    }
+
+    /// The Go build id.
+    pub fn build_id(&self) -> Option<String> {
+        self.image.build_id.map(text)
     }
 
     /// The source frames at `address`, innermost first, inlined calls expanded; empty if it is not
     /// Go code of this binary. For a return address ask for the byte before it.
-    pub fn frames(&self, _address: VirtualAddress) -> Vec<Frame> {
-        let _ = self.bytes;
-        Vec::new()
+    pub fn frames(&self, address: VirtualAddress) -> Vec<Frame> {
+        let table = &self.module.table;
+        if address < self.module.text || address >= self.module.etext {
+            return Vec::new();
+        }
+        let Some(func) = table.find(&self.image, address) else {
+            return Vec::new();
+        };
+        let tree = self.module.inline_tree(&self.image, func);
+        let mut frames = Vec::new();
+        let mut at = address;
+        let mut frame = |name: &[u8], at, start_line| {
+            frames.push(Frame {
+                function: text(name),
+                file: table.file(func, at).map(text).unwrap_or_default(),
+                line: table.line(func, at),
+                start_line,
+            });
+        };
+        for (name, parent) in table.inlined(func, address, tree) {
+            frame(name, at, 0);
+            at = parent;
+        }
+        let start_line = table.start_line(func).unwrap_or(0);
+        frame(table.name(func).unwrap_or_default(), at, start_line);
+        frames
     }
 
-    /// The address at which the byte at a file offset is linked, if a segment maps it.
-    pub fn address_of(&self, _offset: crate::FileOffset) -> Option<VirtualAddress> {
-        None
+    /// The address at which the byte at a file offset is mapped executable.
+    pub fn address_of(&self, offset: FileOffset) -> Option<VirtualAddress> {
+        self.image.address_of(offset)
     }
 }

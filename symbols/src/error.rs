@@ -49,7 +49,6 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Shorthand for [`Error::Damaged`].
-#[expect(dead_code, reason = "the parsers come next")]
 pub(crate) fn damaged(structure: &'static str, problem: impl Into<String>) -> Error {
     Error::Damaged {
         structure,

@@ -18,9 +18,24 @@
 
 mod address;
 mod binary;
+mod buildinfo;
+mod bytes;
+mod callee;
+mod calls;
+mod code;
+mod decode;
+mod elf;
 mod error;
+mod flow;
 mod inventory;
+mod module;
+mod pclntab;
+mod placement;
 mod plan;
+mod reason;
+mod release;
+mod sites;
+mod value;
 
 pub use address::{FileOffset, VirtualAddress};
 pub use binary::{Binary, Frame};

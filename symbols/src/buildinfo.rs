@@ -1,0 +1,85 @@
+//! The build info blob: which Go release built the binary, and with which settings.
+//!
+//! Layout (Go `debug/buildinfo`, `cmd/link` `buildinfo`): 14 bytes of magic, pointer size, flags.
+//! With flag 2 (since 1.18) the strings follow inline at byte 32; before, two pointers to Go string
+//! headers stand at bytes 16 and 24.
+
+use crate::VirtualAddress;
+use crate::bytes::Bytes;
+use crate::elf::Image;
+
+const MAGIC: &[u8] = b"\xff Go buildinf:";
+const INLINE_STRINGS: u8 = 2;
+
+/// Release and build settings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BuildInfo {
+    /// Such as `go1.27.3`.
+    pub version: String,
+    /// The module info: lines such as `build\t-gcflags=all=-N -l`.
+    pub settings: String,
+}
+
+impl BuildInfo {
+    /// Finds it by section, else by searching the segments; `None` if there is none.
+    pub fn find(image: &Image<'_>) -> Option<Self> {
+        if let Some(section) = image.section(b".go.buildinfo")
+            && let Some(info) = Self::read(image, Bytes(section.data))
+        {
+            return Some(info);
+        }
+        image
+            .segments
+            .iter()
+            .filter(|s| !s.executable)
+            .find_map(|segment| {
+                memchr::memmem::find_iter(segment.data, MAGIC)
+                    .filter(|at| at % 16 == 0)
+                    .find_map(|at| Self::read(image, Bytes(segment.data).from(at as u64)?))
+            })
+    }
+
+    fn read(image: &Image<'_>, blob: Bytes<'_>) -> Option<Self> {
+        if blob.slice(0, MAGIC.len() as u64)? != MAGIC || blob.u8(14)? != 8 {
+            return None;
+        }
+        let (version, settings) = if blob.u8(15)? & INLINE_STRINGS != 0 {
+            let mut at = 32;
+            let mut string = || {
+                let len = blob.uvarint(&mut at)?;
+                let bytes = blob.slice(at, len)?;
+                at = at.checked_add(len)?;
+                Some(bytes)
+            };
+            (string()?, string().unwrap_or_default())
+        } else {
+            let string = |at| {
+                let header = VirtualAddress(blob.u64(at)?);
+                let data = VirtualAddress(image.word(header)?);
+                image.read(data, image.word(header.checked_add(8)?)?)
+            };
+            // In a PIE the blob's own pointers are relocated too, and Go's linker writes the
+            // addend in place.
+            (string(16)?, string(24).unwrap_or_default())
+        };
+        let version = String::from_utf8(version.to_vec()).ok()?;
+        // The settings stand between two 16-byte markers.
+        let inner = settings
+            .get(16..settings.len().saturating_sub(16))
+            .unwrap_or_default();
+        let plausible = version.starts_with("go") || version.starts_with("devel");
+        plausible.then(|| Self {
+            version,
+            settings: String::from_utf8_lossy(inner).into_owned(),
+        })
+    }
+
+    /// The value of a build setting such as `-race` or `-gcflags`.
+    pub fn setting(&self, name: &str) -> Option<&str> {
+        self.settings.lines().find_map(|line| {
+            let (key, value) = line.strip_prefix("build\t")?.split_once('=')?;
+            // Values with spaces are quoted.
+            (key.trim_matches('"') == name).then(|| value.trim_matches('"'))
+        })
+    }
+}

@@ -1,0 +1,156 @@
+//! Machine code as the analysis wants to see it: one small instruction model for both
+//! architectures. It keeps what the search for defers needs (control flow, constants, stack
+//! cells, and what the kernel would do with a uprobe) and forgets the rest, conservatively: what
+//! it does not know clobbers.
+
+mod amd64;
+mod arm64;
+
+use crate::plan::InstructionKind;
+use crate::{Architecture, VirtualAddress};
+
+/// A general register by its hardware number; amd64: 0 RAX … 15 R15, arm64: 0 X0 … 30 X30.
+pub(crate) type Register = u8;
+
+/// Registers as bits.
+pub(crate) type RegisterSet = u32;
+
+/// One decoded instruction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Instruction {
+    pub address: VirtualAddress,
+    /// What the kernel does with a uprobe here.
+    pub kind: InstructionKind,
+    /// False where a probe would be refused, lost or unsafe.
+    pub probeable: bool,
+    pub flow: Flow,
+    pub op: Op,
+    /// Registers that it overwrites with something unknown, besides what `op` says.
+    pub clobbers: RegisterSet,
+    pub faults: Faults,
+}
+
+/// Where control goes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flow {
+    Next,
+    Jump(VirtualAddress),
+    Branch(VirtualAddress),
+    IndirectJump,
+    Call(VirtualAddress),
+    IndirectCall,
+    Return,
+    /// A trap, or bytes that are no instruction.
+    Stop,
+}
+
+/// Whether the instruction can raise a fault that becomes a Go panic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Faults {
+    Never,
+    /// Unless this register is known to point to mapped memory.
+    ThroughBase(Register),
+    Maybe,
+}
+
+/// A value that goes into a register or memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operand {
+    Register(Register),
+    Immediate(u64),
+    Unknown,
+}
+
+/// A place in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// At this displacement from SP.
+    Stack(i64),
+    Absolute(VirtualAddress),
+    Based(Register, i64),
+    Unknown,
+}
+
+/// What it computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Op {
+    Other,
+    Set(Register, u64),
+    Copy(Register, Register),
+    /// `SP + displacement`.
+    StackAddress(Register, i64),
+    Add(Register, Register, i64),
+    And(Register, Register, Operand),
+    Or(Register, Register, Operand),
+    /// One of two registers.
+    Select(Register, Register, Register),
+    /// 0 or 1.
+    Boolean(Register),
+    Load {
+        to: Register,
+        from: Place,
+        size: u8,
+    },
+    /// `count` values of `size` bytes each, one behind the other.
+    Store {
+        to: Place,
+        values: [Operand; 2],
+        count: u8,
+        size: u8,
+    },
+}
+
+/// The roles of registers in Go's calling conventions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Conventions {
+    /// First argument and first result register.
+    pub first_argument: Register,
+    /// The goroutine (since 1.17 on amd64): always points to mapped memory.
+    pub g: Register,
+    /// Displacement from SP, at a CALL instruction, of the first stack argument.
+    pub stack_arguments: i64,
+}
+
+impl Architecture {
+    pub(crate) fn conventions(self) -> Conventions {
+        match self {
+            Self::Amd64 => Conventions {
+                first_argument: 0,
+                g: 14,
+                stack_arguments: 0,
+            },
+            Self::Arm64 => Conventions {
+                first_argument: 0,
+                g: 28,
+                stack_arguments: 8,
+            },
+        }
+    }
+}
+
+impl Instruction {
+    fn new(address: VirtualAddress) -> Self {
+        Self {
+            address,
+            kind: InstructionKind::SingleStepped,
+            probeable: true,
+            flow: Flow::Next,
+            op: Op::Other,
+            clobbers: 0,
+            faults: Faults::Never,
+        }
+    }
+}
+
+/// Decodes a function from its entry to its end. Instruction boundaries are those that
+/// execution from the entry would find: Go puts no data between instructions.
+pub(crate) fn function(
+    architecture: Architecture,
+    entry: VirtualAddress,
+    code: &[u8],
+) -> Vec<Instruction> {
+    match architecture {
+        Architecture::Amd64 => amd64::decode(entry, code),
+        Architecture::Arm64 => arm64::decode(entry, code),
+    }
+}

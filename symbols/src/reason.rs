@@ -1,0 +1,86 @@
+//! Why the sites of a function are not open-coded: the compiler's rules, read backwards.
+//!
+//! The rules stand in `cmd/compile/internal/walk/stmt.go` (`walkStmt`, ODEFER) and
+//! `cmd/compile/internal/ssagen/ssa.go` (`buildssa`), unchanged in substance from 1.14 to 1.27.
+
+use crate::buildinfo::BuildInfo;
+use crate::calls::Callee;
+use crate::release::Release;
+use crate::{Mechanism, Reason};
+
+/// `maxOpenDefers` in the compiler.
+const MOST_OPEN: usize = 8;
+/// The compiler's bound on return statements times defers.
+const MOST_PRODUCT: usize = 15;
+
+/// What the rules look at, for one function without open coding.
+pub(crate) struct Facts<'a> {
+    pub release: Release,
+    pub build: &'a BuildInfo,
+    /// What the function calls.
+    pub calls: &'a [Callee],
+    /// The mechanisms of its sites.
+    pub mechanisms: &'a [Mechanism],
+}
+
+/// The reason for one site of mechanism `mechanism`; `None` for open-coded ones.
+pub(crate) fn of(mechanism: Mechanism, facts: &Facts<'_>) -> Option<Reason> {
+    match mechanism {
+        Mechanism::OpenCoded => None,
+        Mechanism::Heap => Some(Reason::Loop),
+        Mechanism::RangeFunc => Some(Reason::RangeFunc),
+        Mechanism::Stack => Some(of_stack(facts)),
+    }
+}
+
+fn of_stack(facts: &Facts<'_>) -> Reason {
+    let calls = |callee| facts.calls.iter().filter(|c| **c == callee).count();
+    let has = |mechanism| facts.mechanisms.contains(&mechanism);
+    let sites = facts.mechanisms.len();
+    if facts.release.minor < 14 {
+        return Reason::OldRelease;
+    }
+    if calls(Callee::Race) > 0 {
+        return Reason::Race;
+    }
+    if optimizations_off(facts.build) {
+        return Reason::OptimizationsOff;
+    }
+    if has(Mechanism::RangeFunc) || calls(Callee::StartsRangeFunc) > 0 {
+        return Reason::RangeFuncInFunction;
+    }
+    if has(Mechanism::Heap) {
+        return Reason::LoopInFunction;
+    }
+    if sites > MOST_OPEN {
+        return Reason::Over8Defers;
+    }
+    // Every return calls deferreturn; so do the recovery epilogues, one a site up to 1.24, then
+    // one a function.
+    let epilogues = if facts.release.recovery_epilogue_per_site() {
+        sites
+    } else {
+        1
+    };
+    let returns = calls(Callee::DeferReturn).saturating_sub(epilogues);
+    if returns.saturating_mul(sites) > MOST_PRODUCT {
+        return Reason::ReturnsTimesDefers;
+    }
+    Reason::ResultsEscape
+}
+
+/// Whether the build settings turn optimizations off (`-gcflags=-N` or `-d=noopendefer`).
+pub(crate) fn optimizations_off(build: &BuildInfo) -> bool {
+    build.setting("-gcflags").is_some_and(|flags| {
+        let flags = flags.split_once('=').map_or(flags, |(pattern, rest)| {
+            if pattern.starts_with('-') {
+                flags
+            } else {
+                rest
+            }
+        });
+        flags
+            .split_ascii_whitespace()
+            .any(|flag| flag == "-N" || flag.contains("noopendefer"))
+    })
+}

@@ -1,0 +1,244 @@
+//! From functions that contain defers to the list of their sites.
+
+use std::collections::HashMap;
+
+use crate::buildinfo::BuildInfo;
+use crate::callee::{Namer, text};
+use crate::calls::{Callee, Callees};
+use crate::code::Code;
+use crate::decode::Flow;
+use crate::elf::Image;
+use crate::flow::{Analysis, Findings};
+use crate::module::Module;
+use crate::pclntab::Func;
+use crate::plan::Basis;
+use crate::reason::{self, Facts};
+use crate::release::Release;
+use crate::{Exit, Mechanism, Site, SiteId, VirtualAddress, placement};
+
+/// What the search for sites works on.
+pub(crate) struct Search<'a, 'data> {
+    pub image: &'a Image<'data>,
+    pub module: &'a Module<'data>,
+    pub release: Release,
+    pub build: &'a BuildInfo,
+}
+
+/// A site before it has its ordinal.
+struct Draft {
+    index: usize,
+    mechanism: Mechanism,
+    bit: Option<u8>,
+    callee: Option<String>,
+    exits: Vec<Exit>,
+}
+
+impl Search<'_, '_> {
+    /// Every site of the module, and a sentence for each function that could not be followed.
+    pub fn run(&self) -> (Vec<Site>, Vec<String>) {
+        let callees = Callees::new(self.image, self.module);
+        let mut sites = Vec::new();
+        let mut warnings = Vec::new();
+        let table = &self.module.table;
+        for index in 0..table.count {
+            let Some(func) = table.func(self.image, index) else {
+                warnings.push(format!("function {index} of pclntab lies outside the file"));
+                continue;
+            };
+            if table.deferreturn(func).is_some_and(|offset| offset != 0) {
+                self.function(func, &callees, &mut sites, &mut warnings);
+            }
+        }
+        number(&mut sites);
+        (sites, warnings)
+    }
+
+    fn function(
+        &self,
+        func: Func,
+        callees: &Callees<'_, '_>,
+        sites: &mut Vec<Site>,
+        warnings: &mut Vec<String>,
+    ) {
+        let table = &self.module.table;
+        let name = table.name(func).map(text).unwrap_or_default();
+        let Some(code) = Code::decode(self.image, self.module, callees, func) else {
+            warnings.push(format!(
+                "the code of {name} is not in the file: its defers are missing"
+            ));
+            return;
+        };
+        let open = self.module.open_defers(self.image, func);
+        let findings = Analysis::run(&code, self.image, open.as_ref());
+        if !findings.settled {
+            warnings.push(format!(
+                "the code of {name} could not be followed to its end"
+            ));
+        }
+        let namer = Namer {
+            image: self.image,
+            module: self.module,
+            callees,
+        };
+        let mut drafts = registering_calls(&code, &findings, &namer);
+        if let Some(open) = &open {
+            let found = open_coded(&code, &findings, &namer);
+            if found.len() != open.slots.len() {
+                warnings.push(format!(
+                    "{name} declares {} open-coded defers, and {} were found",
+                    open.slots.len(),
+                    found.len()
+                ));
+            }
+            drafts.extend(found);
+        }
+        let mechanisms: Vec<Mechanism> = drafts.iter().map(|d| d.mechanism).collect();
+        let facts = Facts {
+            release: self.release,
+            build: self.build,
+            calls: &code.callees,
+            mechanisms: &mechanisms,
+        };
+        for draft in drafts {
+            let placed = match draft.mechanism {
+                Mechanism::OpenCoded => {
+                    placement::open_coded(self.image, &code, &findings, draft.index)
+                }
+                _ => placement::at(self.image, &code, draft.index, Basis::RegisteringCall),
+            };
+            let (Some(instruction), Some(registration)) =
+                (code.instructions.get(draft.index), placed)
+            else {
+                warnings.push(format!(
+                    "a defer of {name} has no instruction that can be probed"
+                ));
+                continue;
+            };
+            let pc = instruction.address;
+            sites.push(Site {
+                id: SiteId(String::new()),
+                function: name.clone(),
+                function_entry: func.entry,
+                file: table.file(func, pc).map(text).unwrap_or_default(),
+                line: table.line(func, pc),
+                pc,
+                mechanism: draft.mechanism,
+                reason: reason::of(draft.mechanism, &facts),
+                callee: draft.callee,
+                bit: draft.bit,
+                exits: draft.exits,
+                registration,
+            });
+        }
+    }
+}
+
+/// The sites that call the runtime.
+fn registering_calls(code: &Code, findings: &Findings, namer: &Namer<'_, '_>) -> Vec<Draft> {
+    let registers = |(index, callee): (usize, &Callee)| match callee {
+        Callee::Registers(mechanism) => Some((index, *mechanism)),
+        _ => None,
+    };
+    let calls = code.callees.iter().enumerate().filter_map(registers);
+    calls
+        .map(|(index, mechanism)| Draft {
+            index,
+            mechanism,
+            bit: None,
+            callee: findings
+                .closures
+                .get(&index)
+                .and_then(|c| namer.name(*c, findings)),
+            exits: Vec::new(),
+        })
+        .collect()
+}
+
+/// The open-coded sites: one a slot store.
+fn open_coded(code: &Code, findings: &Findings, namer: &Namer<'_, '_>) -> Vec<Draft> {
+    let mut exits: HashMap<u8, Vec<(Exit, Option<VirtualAddress>)>> = HashMap::new();
+    for (store, bit) in &findings.exit_stores {
+        if let Some((exit, target)) = exit_call(code, *store) {
+            exits.entry(*bit).or_default().push((exit, target));
+        }
+    }
+    findings
+        .slot_stores
+        .iter()
+        .map(|store| {
+            let exits = exits.get(&store.bit).map(Vec::as_slice).unwrap_or_default();
+            let direct = || exits.iter().find_map(|(_, target)| *target);
+            let callee = namer
+                .name(store.closure, findings)
+                .or_else(|| direct().and_then(|target| namer.function_at(target)));
+            Draft {
+                index: store.index,
+                mechanism: Mechanism::OpenCoded,
+                bit: Some(store.bit),
+                callee,
+                exits: exits.iter().map(|(exit, _)| *exit).collect(),
+            }
+        })
+        .collect()
+}
+
+/// The deferred call behind an exit's store of the cleared bits: the next CALL on the way.
+fn exit_call(code: &Code, store: usize) -> Option<(Exit, Option<VirtualAddress>)> {
+    /// Between the store and the call stand the loads of the closure and of older arguments.
+    const FARTHEST: usize = 256;
+    let mut index = store + 1;
+    for _ in 0..FARTHEST {
+        let instruction = code.instructions.get(index)?;
+        let call = instruction.address;
+        match instruction.flow {
+            Flow::Call(target) => {
+                return Some((
+                    Exit {
+                        call,
+                        indirect: false,
+                    },
+                    Some(target),
+                ));
+            }
+            Flow::IndirectCall => {
+                return Some((
+                    Exit {
+                        call,
+                        indirect: true,
+                    },
+                    None,
+                ));
+            }
+            Flow::Jump(target) => {
+                index = code
+                    .instructions
+                    .binary_search_by_key(&target, |i| i.address)
+                    .ok()?;
+            }
+            Flow::Next | Flow::Branch(_) => index += 1,
+            Flow::IndirectJump | Flow::Return | Flow::Stop => return None,
+        }
+    }
+    None
+}
+
+/// Orders the sites and gives each its id.
+fn number(sites: &mut [Site]) {
+    // Functions of one name (instantiations of a generic) share a count, in order of line first.
+    sites.sort_by(|a, b| {
+        let key = |s: &Site| (s.line, s.function_entry, s.bit, s.pc);
+        a.function
+            .cmp(&b.function)
+            .then_with(|| key(a).cmp(&key(b)))
+    });
+    let mut ordinal = 0u32;
+    let mut previous: Option<String> = None;
+    for site in sites {
+        if previous.as_ref() != Some(&site.function) {
+            ordinal = 0;
+            previous = Some(site.function.clone());
+        }
+        ordinal += 1;
+        site.id = SiteId(format!("{}#{ordinal}", site.function));
+    }
+}
