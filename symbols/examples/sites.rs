@@ -8,7 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     eprintln!("scanned in {:?}", start.elapsed());
     for s in &inventory.sites {
         println!(
-            "{}:{}\t{}\t{}\t{}\t{}\t{:?}\t{}\t{}",
+            "{}:{}\t{}\t{}\t{}\t{}\t{:?}\t{}\t{}\t{}",
             s.file,
             s.line,
             s.mechanism,
@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             s.registration.basis.as_str(),
             s.bit,
             s.exits.len(),
-            s.callee.as_deref().unwrap_or("-")
+            s.callee.as_deref().unwrap_or("-"), s.registration.address
         );
     }
     for warning in inventory.warnings {

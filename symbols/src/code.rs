@@ -155,6 +155,9 @@ fn blocks(instructions: &[Instruction], callees: &[Callee]) -> Vec<Block> {
         if instruction.flow == Flow::IndirectJump {
             tables.push(at);
         }
+        // A jump to the entry comes from behind morestack: the function starts afresh, with
+        // nothing that was known before.
+        next.retain(|target| *target != 0);
         for target in &next {
             if let Some(block) = blocks.get_mut(*target) {
                 block.entered = true;

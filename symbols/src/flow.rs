@@ -4,7 +4,9 @@
 //! The lattice is small (see [`Value`]), so a worklist over basic blocks ends quickly; a second
 //! pass over the settled states records what happens at each instruction.
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 use crate::calls::Callee;
 use crate::code::Code;
@@ -12,7 +14,7 @@ use crate::decode::{Conventions, Faults, Flow, Instruction, Op, Operand, Place, 
 use crate::elf::Image;
 use crate::module::OpenDefers;
 use crate::value::{Bits, Value};
-use crate::{Architecture, Mechanism, VirtualAddress};
+use crate::{Mechanism, VirtualAddress};
 
 /// What was found in one function; indices are into its instructions.
 #[derive(Debug, Default)]
@@ -25,8 +27,6 @@ pub(crate) struct Findings {
     pub closures: HashMap<usize, Closure>,
     /// The code pointer stored first into each new object, by the address of its `newobject` call.
     pub object_code: HashMap<u64, u64>,
-    /// The bit whose slot an indirect call calls through.
-    pub indirect_calls: HashMap<usize, u8>,
     /// Per instruction: whether a panic may start in it, so that the next is not reached.
     pub diverts: Vec<bool>,
     /// Instructions that no path reached.
@@ -58,27 +58,39 @@ pub(crate) enum Closure {
 /// What is known before an instruction.
 #[derive(Clone, PartialEq, Debug)]
 struct State {
-    registers: [Value; 32],
-    /// Registers through which memory was accessed since they were set: not nil.
-    dereferenced: u32,
-    /// Stack cells by key, with their size; absent is unknown.
-    cells: BTreeMap<i64, (u8, Value)>,
+    registers: [Value; REGISTERS],
+    /// What stack cells hold, by key; absent is unknown.
+    cells: Vec<Cell>,
+    /// The definitions ([`Value::Defined`]) through which memory was accessed: not nil. Sorted.
+    dereferenced: Vec<u32>,
     /// The bits of the defers that are registered and have not run.
     active: Bits,
-    /// For each register the slot bit that it was loaded from, or `NO_SLOT`.
-    slots: [u8; 32],
 }
 
-const NO_SLOT: u8 = u8::MAX;
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct Cell {
+    /// Bytes below varp; the cell covers keys `key − size + 1 ..= key`.
+    key: i64,
+    size: u8,
+    value: Value,
+}
+
+/// General registers of the larger architecture, and one for SP or zero.
+const REGISTERS: usize = 32;
 
 impl State {
-    fn new() -> Self {
+    /// At a function's entry each register holds something of its own.
+    fn at_entry(instructions: usize) -> Self {
+        let first = u32::try_from(instructions).unwrap_or(u32::MAX - REGISTERS as u32);
+        let mut registers = [Value::Unknown; REGISTERS];
+        for (register, definition) in registers.iter_mut().zip(first..) {
+            *register = Value::Defined(definition);
+        }
         Self {
-            registers: [Value::Unknown; 32],
-            dereferenced: 0,
-            cells: BTreeMap::new(),
+            registers,
+            cells: Vec::new(),
+            dereferenced: Vec::new(),
             active: Bits::NONE,
-            slots: [NO_SLOT; 32],
         }
     }
 
@@ -89,21 +101,10 @@ impl State {
             .unwrap_or(Value::Unknown)
     }
 
-    fn slot_of(&self, register: Register) -> u8 {
-        self.slots
-            .get(usize::from(register))
-            .copied()
-            .unwrap_or(NO_SLOT)
-    }
-
     fn set(&mut self, register: Register, value: Value) {
         if let Some(place) = self.registers.get_mut(usize::from(register)) {
             *place = value;
         }
-        if let Some(slot) = self.slots.get_mut(usize::from(register)) {
-            *slot = NO_SLOT;
-        }
-        self.dereferenced &= !1u32.checked_shl(u32::from(register)).unwrap_or(0);
     }
 
     fn operand(&self, operand: Operand) -> Value {
@@ -114,64 +115,100 @@ impl State {
         }
     }
 
-    /// Forgets every cell that overlaps `size` bytes from the address with this key.
-    fn forget(&mut self, key: i64, size: u8) {
+    /// Sets a cell, forgetting every other that overlaps it.
+    fn put(&mut self, key: i64, size: u8, value: Value) {
         /// No cell is larger.
         const LARGEST: i64 = 8;
-        // Addresses run against keys: the store covers keys (key − size, key].
+        let overlaps = |c: &Cell| c.key.saturating_sub(i64::from(c.size)) < key;
+        let known = value != Value::Unknown;
+        // Addresses run against keys: the store covers keys key − size + 1 ..= key.
         let low = key.saturating_sub(i64::from(size));
-        let range = low.saturating_add(1)..=key.saturating_add(LARGEST - 1);
-        let overlapping: Vec<i64> = self
-            .cells
-            .range(range)
-            .filter(|(cell, (cell_size, _))| **cell - i64::from(*cell_size) < key)
-            .map(|(cell, _)| *cell)
-            .collect();
-        for cell in overlapping {
-            self.cells.remove(&cell);
+        let mut at = self.cells.partition_point(|c| c.key <= low);
+        while let Some(cell) = self.cells.get_mut(at)
+            && cell.key < key.saturating_add(LARGEST)
+        {
+            if known && (cell.key, cell.size) == (key, size) {
+                // Nothing else can overlap it.
+                cell.value = value;
+                return;
+            }
+            if overlaps(cell) {
+                self.cells.remove(at);
+            } else {
+                at += 1;
+            }
         }
-    }
-
-    fn put(&mut self, key: i64, size: u8, value: Value) {
-        self.forget(key, size);
-        if value != Value::Unknown {
-            self.cells.insert(key, (size, value));
+        if known {
+            let at = self.cells.partition_point(|c| c.key < key);
+            self.cells.insert(at, Cell { key, size, value });
         }
     }
 
     fn cell(&self, key: i64) -> Value {
-        self.cells
-            .get(&key)
-            .map_or(Value::Unknown, |(_, value)| *value)
+        match self.cells.binary_search_by_key(&key, |c| c.key) {
+            Ok(at) => self.cells.get(at).map_or(Value::Unknown, |c| c.value),
+            Err(_) => Value::Unknown,
+        }
+    }
+
+    /// Memory was accessed through `base`.
+    fn dereference(&mut self, base: Register) {
+        if let Value::Defined(definition) = self.get(base)
+            && let Err(at) = self.dereferenced.binary_search(&definition)
+        {
+            self.dereferenced.insert(at, definition);
+        }
     }
 
     /// Whether a memory access through `base` surely does not fault.
     fn is_mapped(&self, base: Register, g: Register) -> bool {
-        base == g || self.dereferenced >> base & 1 == 1 || self.get(base).is_mapped()
+        let value = self.get(base);
+        base == g
+            || value.is_mapped()
+            || matches!(value, Value::Defined(d) if self.dereferenced.binary_search(&d).is_ok())
+    }
+
+    /// Forgets what was defined in `block`, which is about to define it anew.
+    fn enter(&mut self, block: &Range<usize>) {
+        let stale =
+            |value: &Value| matches!(value, Value::Defined(d) if block.contains(&(*d as usize)));
+        for register in &mut self.registers {
+            if stale(register) {
+                *register = Value::Unknown;
+            }
+        }
+        self.cells.retain(|c| !stale(&c.value));
+        self.dereferenced
+            .retain(|d| !block.contains(&(*d as usize)));
     }
 
     /// Joins `other` in; true if that changed anything.
     fn join(&mut self, other: &Self) -> bool {
-        let before = self.clone();
+        let mut changed = false;
         for (mine, theirs) in self.registers.iter_mut().zip(&other.registers) {
-            *mine = mine.join(*theirs);
+            let joined = mine.join(*theirs);
+            changed |= joined != *mine;
+            *mine = joined;
         }
-        for (mine, theirs) in self.slots.iter_mut().zip(&other.slots) {
-            if mine != theirs {
-                *mine = NO_SLOT;
-            }
-        }
-        self.dereferenced &= other.dereferenced;
-        self.cells
-            .retain(|key, (size, value)| match other.cells.get(key) {
-                Some((other_size, theirs)) if other_size == size => {
-                    *value = value.join(*theirs);
-                    *value != Value::Unknown
-                }
-                _ => false,
-            });
-        self.active = self.active.join(other.active);
-        *self != before
+        let known = self.dereferenced.len();
+        self.dereferenced
+            .retain(|d| other.dereferenced.binary_search(d).is_ok());
+        changed |= self.dereferenced.len() != known;
+        let mut theirs = other.cells.iter().peekable();
+        self.cells.retain_mut(|mine| {
+            while theirs.next_if(|t| t.key < mine.key).is_some() {}
+            let joined = match theirs.peek() {
+                Some(t) if t.key == mine.key && t.size == mine.size => mine.value.join(t.value),
+                _ => Value::Unknown,
+            };
+            changed |= joined != mine.value;
+            mine.value = joined;
+            joined != Value::Unknown
+        });
+        let active = self.active.join(other.active);
+        changed |= active != self.active;
+        self.active = active;
+        changed
     }
 }
 
@@ -210,6 +247,7 @@ impl<'a> Analysis<'a> {
         analysis.findings.settled = settled;
         for (block, state) in code.blocks.iter().zip(states) {
             let Some(mut state) = state else { continue };
+            state.enter(&block.range);
             for index in block.range.clone() {
                 analysis.step(&mut state, index, true);
             }
@@ -225,11 +263,12 @@ impl<'a> Analysis<'a> {
         let code = self.code;
         let mut states: Vec<Option<State>> = vec![None; code.blocks.len()];
         if let Some(first) = states.first_mut() {
-            *first = Some(State::new());
+            *first = Some(State::at_entry(code.instructions.len()));
         }
-        let mut work = vec![0usize];
+        // In order of address, which is close to the order of execution.
+        let mut work = BTreeSet::from([0usize]);
         let mut budget = code.blocks.len().saturating_mul(VISITS_PER_BLOCK);
-        while let Some(at) = work.pop() {
+        while let Some(at) = work.pop_first() {
             if budget == 0 {
                 return (states, false);
             }
@@ -238,23 +277,21 @@ impl<'a> Analysis<'a> {
                 continue;
             };
             let mut state = state.clone();
+            state.enter(&block.range);
             for index in block.range.clone() {
                 self.step(&mut state, index, false);
             }
-            for next in &block.next {
-                let Some(slot) = states.get_mut(*next) else {
-                    continue;
-                };
-                let changed = match slot {
-                    Some(known) => known.join(&state),
-                    None => {
-                        *slot = Some(state.clone());
-                        true
-                    }
-                };
-                if changed && !work.contains(next) {
-                    work.push(*next);
+            let (last, others) = match block.next.split_last() {
+                Some((last, others)) => (*last, others),
+                None => continue,
+            };
+            for next in others {
+                if merge(&mut states, *next, Cow::Borrowed(&state)) {
+                    work.insert(*next);
                 }
+            }
+            if merge(&mut states, last, Cow::Owned(state)) {
+                work.insert(last);
             }
         }
         (states, true)
@@ -306,16 +343,15 @@ impl<'a> Analysis<'a> {
             self.record(state, index, &instruction, callee);
         }
         if let Faults::ThroughBase(base) = instruction.faults {
-            state.dereferenced |= 1u32.checked_shl(u32::from(base)).unwrap_or(0);
+            state.dereference(base);
         }
-        let stored = self.store(state, index, &instruction, record);
-        if !stored {
+        if !self.store(state, index, &instruction, record) {
             self.compute(state, index, instruction.op);
         }
-        for register in 0..32u8 {
-            if instruction.clobbers >> register & 1 == 1 {
-                state.set(register, Value::Unknown);
-            }
+        let mut clobbers = instruction.clobbers;
+        while clobbers != 0 {
+            state.set(clobbers.trailing_zeros() as u8, Value::Unknown);
+            clobbers &= clobbers - 1;
         }
         if matches!(instruction.flow, Flow::Call(_) | Flow::IndirectCall) {
             self.call(state, &instruction, callee);
@@ -399,15 +435,7 @@ impl<'a> Analysis<'a> {
         match op {
             Op::Other | Op::Store { .. } => {}
             Op::Set(to, value) => state.set(to, Value::Constant(value)),
-            Op::Copy(to, from) => {
-                let known = state.dereferenced >> from & 1;
-                let slot = state.slot_of(from);
-                state.set(to, state.get(from));
-                state.dereferenced |= known << to;
-                if let Some(place) = state.slots.get_mut(usize::from(to)) {
-                    *place = slot;
-                }
-            }
+            Op::Copy(to, from) => state.set(to, state.get(from)),
             Op::StackAddress(to, displacement) => {
                 state.set(to, Value::Stack(self.code.stack_key(index, displacement)));
             }
@@ -421,40 +449,32 @@ impl<'a> Analysis<'a> {
     }
 
     fn load(&mut self, state: &mut State, index: usize, to: Register, from: Place, size: u8) {
-        let mut slot = NO_SLOT;
+        let fresh = Value::Defined(u32::try_from(index).unwrap_or(u32::MAX));
         let value = match from {
             Place::Stack(displacement) => {
                 let key = self.code.stack_key(index, displacement);
-                slot = self.slot_at(key).unwrap_or(NO_SLOT);
-                state.cell(key)
+                let value = state.cell(key);
+                if value == Value::Unknown && size == 8 {
+                    // The next load of this cell yields the same.
+                    state.put(key, size, fresh);
+                }
+                value
             }
-            // A word of read-only data: a GOT entry, or the code pointer of a static closure.
-            Place::Absolute(address) if size == 8 => self.word(address),
             Place::Based(base, displacement) => match state.get(base).plus(displacement) {
                 Value::Stack(key) => state.cell(key),
                 Value::Constant(address) if size == 8 => self.word(VirtualAddress(address)),
-                _ => {
-                    // The code pointer out of a closure that came from a slot.
-                    slot = if displacement == 0 {
-                        state.slot_of(base)
-                    } else {
-                        NO_SLOT
-                    };
-                    Value::Unknown
-                }
+                _ => Value::Unknown,
             },
+            // A word of read-only data: a GOT entry, or the code pointer of a static closure.
+            Place::Absolute(address) if size == 8 => self.word(address),
             Place::Absolute(_) | Place::Unknown => Value::Unknown,
         };
-        // A base that was accessed is not nil any more, unless the load overwrote it.
-        let value = if size == 1 {
-            value.and(Value::Constant(0xff))
-        } else {
-            value
+        let value = match size {
+            1 => value.and(Value::Constant(0xff)),
+            8 if value == Value::Unknown => fresh,
+            _ => value,
         };
         state.set(to, value);
-        if let Some(place) = state.slots.get_mut(usize::from(to)) {
-            *place = slot;
-        }
     }
 
     /// A word of the file as a constant, if it is an address of this binary.
@@ -474,9 +494,7 @@ impl<'a> Analysis<'a> {
             state.set(25, Value::Unknown);
             return;
         }
-        for register in 0..32u8 {
-            state.set(register, Value::Unknown);
-        }
+        state.registers = [Value::Unknown; REGISTERS];
         if callee == Callee::NewObject {
             state.set(
                 self.conventions.first_argument,
@@ -510,17 +528,6 @@ impl<'a> Analysis<'a> {
                 .closures
                 .insert(index, self.closure_argument(state, index, mechanism));
         }
-        if instruction.flow == Flow::IndirectCall {
-            // The closure register holds what came out of the slot (RDX, X26).
-            let context = match self.image.architecture {
-                Architecture::Amd64 => 2,
-                Architecture::Arm64 => 26,
-            };
-            let bit = state.slot_of(context);
-            if bit != NO_SLOT {
-                self.findings.indirect_calls.insert(index, bit);
-            }
-        }
     }
 
     /// The closure that a registering call is given.
@@ -551,6 +558,18 @@ impl<'a> Analysis<'a> {
     }
 }
 
+/// Joins a state into the start of block `at`; true if the block has something to learn.
+fn merge(states: &mut [Option<State>], at: usize, state: Cow<'_, State>) -> bool {
+    match states.get_mut(at) {
+        Some(Some(known)) => known.join(&state),
+        Some(unknown) => {
+            *unknown = Some(state.into_owned());
+            true
+        }
+        None => false,
+    }
+}
+
 fn closure(state: &State, value: Value) -> Closure {
     match value {
         Value::Constant(address) => Closure::Static(VirtualAddress(address)),
@@ -559,6 +578,6 @@ fn closure(state: &State, value: Value) -> Closure {
             Value::Constant(code) => Closure::Code(VirtualAddress(code)),
             _ => Closure::Unknown,
         },
-        Value::Bits(_) | Value::Unknown => Closure::Unknown,
+        Value::Bits(_) | Value::Defined(_) | Value::Unknown => Closure::Unknown,
     }
 }

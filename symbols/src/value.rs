@@ -12,6 +12,10 @@ pub(crate) enum Value {
     Stack(i64),
     /// The result of the `newobject` call at this address.
     Object(u64),
+    /// Something that was defined by the instruction with this index (or, past the last one, was
+    /// in a register at entry), or an address close to it. Its only use is to know that two
+    /// places hold the same pointer.
+    Defined(u32),
 }
 
 /// Which bits of a byte are surely and which are possibly set.
@@ -64,7 +68,7 @@ impl Value {
                 may: value as u8,
             },
             Self::Bits(bits) => bits,
-            Self::Unknown | Self::Stack(_) | Self::Object(_) => Bits::ANY,
+            Self::Unknown | Self::Stack(_) | Self::Object(_) | Self::Defined(_) => Bits::ANY,
         }
     }
 
@@ -96,6 +100,8 @@ impl Value {
         match self {
             Self::Constant(value) => Self::Constant(value.wrapping_add_signed(offset)),
             Self::Stack(key) => Self::Stack(key.wrapping_sub(offset)),
+            // If a pointer is nil, Go has checked it before it computes an address near it.
+            Self::Defined(_) => self,
             // An inner pointer of an object is no longer its closure.
             Self::Object(_) | Self::Bits(_) | Self::Unknown => Self::Unknown,
         }

@@ -56,8 +56,12 @@ fn translate(iced: &Iced, factory: &mut InstructionInfoFactory) -> Instruction {
             || iced.is_ip_rel_memory_operand();
         if !mapped {
             instruction.faults = match general(base) {
-                Some(base) if memory.index() == IcedRegister::None => Faults::ThroughBase(base),
-                _ => Faults::Maybe,
+                // An index was checked against a length before, and a nil slice has none; for
+                // pointers to arrays the compiler checks for nil explicitly, since it removes
+                // such checks only in favour of accesses without an index (`nilcheck.go`).
+                _ if memory.index() != IcedRegister::None => Faults::Never,
+                Some(base) => Faults::ThroughBase(base),
+                None => Faults::Maybe,
             };
         }
         let writes = !matches!(memory.access(), OpAccess::Read | OpAccess::CondRead);
