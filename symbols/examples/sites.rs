@@ -17,7 +17,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             s.registration.basis.as_str(),
             s.bit,
             s.exits.len(),
-            s.callee.as_deref().unwrap_or("-"), s.registration.address
+            s.callee.as_deref().unwrap_or("-"),
+            s.registration.address
         );
     }
     for warning in inventory.warnings {

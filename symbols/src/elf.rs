@@ -1,6 +1,6 @@
 //! The ELF container: which bytes are mapped where, and what the loader would relocate.
 
-use std::cell::OnceCell;
+use std::sync::OnceLock;
 
 use object::LittleEndian as LE;
 use object::elf;
@@ -40,7 +40,7 @@ pub(crate) struct Image<'data> {
     pub sections: Vec<Section<'data>>,
     dynamic: Option<VirtualAddress>,
     /// `(address, addend)` of every relative relocation, by address; read when first needed.
-    relative: OnceCell<Vec<(u64, u64)>>,
+    relative: OnceLock<Vec<(u64, u64)>>,
 }
 
 impl<'data> Image<'data> {
@@ -97,7 +97,7 @@ impl<'data> Image<'data> {
             segments,
             sections: Vec::new(),
             dynamic,
-            relative: OnceCell::new(),
+            relative: OnceLock::new(),
         };
         image.read_sections(header, bytes);
         Ok(image)

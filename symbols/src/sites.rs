@@ -35,22 +35,57 @@ struct Draft {
 
 impl Search<'_, '_> {
     /// Every site of the module, and a sentence for each function that could not be followed.
+    /// Functions do not depend on one another, so the processors share them.
     pub fn run(&self) -> (Vec<Site>, Vec<String>) {
-        let callees = Callees::new(self.image, self.module);
-        let mut sites = Vec::new();
-        let mut warnings = Vec::new();
-        let table = &self.module.table;
-        for index in 0..table.count {
-            let Some(func) = table.func(self.image, index) else {
-                warnings.push(format!("function {index} of pclntab lies outside the file"));
-                continue;
-            };
-            if table.deferreturn(func).is_some_and(|offset| offset != 0) {
-                self.function(func, &callees, &mut sites, &mut warnings);
+        /// Fewer are not worth a thread.
+        const LEAST_A_THREAD: usize = 64;
+        let (funcs, mut warnings) = self.functions_with_defers();
+        let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = processors.min(funcs.len() / LEAST_A_THREAD).max(1);
+        // Interleaved, since large functions stand together.
+        let share = |first: usize| {
+            let callees = Callees::new(self.image, self.module);
+            let mut found = (Vec::new(), Vec::new());
+            for func in funcs.iter().skip(first).step_by(threads) {
+                self.function(*func, &callees, &mut found.0, &mut found.1);
             }
+            found
+        };
+        let mut shares = Vec::with_capacity(threads);
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads)
+                .map(|i| scope.spawn(move || share(i)))
+                .collect();
+            shares.push(share(0));
+            // A thread that panicked is a bug here; it must not become a short list.
+            shares.extend(others.into_iter().map(|t| match t.join() {
+                Ok(found) => found,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }));
+        });
+        let mut sites = Vec::new();
+        for (found, problems) in shares {
+            sites.extend(found);
+            warnings.extend(problems);
         }
         number(&mut sites);
         (sites, warnings)
+    }
+
+    fn functions_with_defers(&self) -> (Vec<Func>, Vec<String>) {
+        let table = &self.module.table;
+        let mut funcs = Vec::new();
+        let mut outside = 0u64;
+        for index in 0..table.count {
+            match table.func(self.image, index) {
+                Some(func) if table.deferreturn(func).is_some_and(|o| o != 0) => funcs.push(func),
+                Some(_) => {}
+                None => outside += 1,
+            }
+        }
+        let warning = (outside > 0)
+            .then(|| format!("{outside} functions of pclntab lie outside the file: it is damaged"));
+        (funcs, Vec::from_iter(warning))
     }
 
     fn function(

@@ -11,7 +11,7 @@ use crate::plan::InstructionKind;
 
 const SP: Register = 4;
 /// R14 holds g in Go's internal ABI since 1.17.
-const G: IcedRegister = IcedRegister::R14;
+const G: Register = 14;
 
 pub(super) fn decode(entry: VirtualAddress, code: &[u8]) -> Vec<Instruction> {
     let mut decoder = Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE);
@@ -36,56 +36,70 @@ fn translate(iced: &Iced, factory: &mut InstructionInfoFactory) -> Instruction {
     // The kernel refuses lock prefixes; armed before exec, such a probe is silently lost.
     instruction.probeable = !iced.has_lock_prefix() && !iced.is_invalid();
     instruction.op = operation(iced);
+    instruction.faults = faults(iced);
+    if !is_fully_modelled(iced) {
+        side_effects(iced, factory, &mut instruction);
+    }
+    instruction
+}
+
+/// Whether `operation` and `flow` say all that the instruction does to registers and cells: true
+/// of most instructions, and asking iced for the rest is the slower half of decoding.
+fn is_fully_modelled(iced: &Iced) -> bool {
+    match iced.mnemonic() {
+        Mnemonic::Mov => iced.op0_kind() == OpKind::Memory || low(iced.op0_register()).is_some(),
+        Mnemonic::Lea => !matches!(place(iced), Place::Unknown),
+        Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Jmp | Mnemonic::Call | Mnemonic::Nop => true,
+        _ => iced.is_jcc_short_or_near(),
+    }
+}
+
+fn faults(iced: &Iced) -> Faults {
+    let has_memory = (0..iced.op_count()).any(|i| iced.op_kind(i) == OpKind::Memory);
+    let accesses = has_memory
+        && !matches!(iced.mnemonic(), Mnemonic::Lea | Mnemonic::Nop)
+        && !iced.is_ip_rel_memory_operand();
+    // An index was checked against a length before, and a nil slice has none; for pointers to
+    // arrays the compiler checks for nil explicitly, since it removes such checks only in favour
+    // of accesses without an index (`nilcheck.go`).
+    let indexed = iced.memory_index() != IcedRegister::None;
+    let thread_local = matches!(iced.segment_prefix(), IcedRegister::FS | IcedRegister::GS);
+    if !accesses || indexed || thread_local {
+        return Faults::Never;
+    }
+    match general(iced.memory_base()) {
+        Some(SP | G) => Faults::Never,
+        Some(base) => Faults::ThroughBase(base),
+        None => Faults::Maybe,
+    }
+}
+
+/// What iced knows of an instruction that the model does not cover.
+fn side_effects(iced: &Iced, factory: &mut InstructionInfoFactory, instruction: &mut Instruction) {
+    let writes = |access| {
+        matches!(
+            access,
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        )
+    };
     let info = factory.info(iced);
+    let implicit = matches!(iced.mnemonic(), Mnemonic::Push | Mnemonic::Call);
     for memory in info.used_memory() {
-        if !matches!(
-            memory.access(),
-            OpAccess::Read
-                | OpAccess::CondRead
-                | OpAccess::Write
-                | OpAccess::CondWrite
-                | OpAccess::ReadWrite
-                | OpAccess::ReadCondWrite
-        ) {
-            continue;
-        }
-        let base = memory.base().full_register();
-        let mapped = matches!(base, IcedRegister::RSP | IcedRegister::RIP)
-            || base == G
-            || matches!(memory.segment(), IcedRegister::FS | IcedRegister::GS)
-            || iced.is_ip_rel_memory_operand();
-        if !mapped {
-            instruction.faults = match general(base) {
-                // An index was checked against a length before, and a nil slice has none; for
-                // pointers to arrays the compiler checks for nil explicitly, since it removes
-                // such checks only in favour of accesses without an index (`nilcheck.go`).
-                _ if memory.index() != IcedRegister::None => Faults::Never,
-                Some(base) => Faults::ThroughBase(base),
-                None => Faults::Maybe,
-            };
-        }
-        let writes = !matches!(memory.access(), OpAccess::Read | OpAccess::CondRead);
-        let pushes = matches!(iced.mnemonic(), Mnemonic::Push | Mnemonic::Call);
-        if writes && !pushes && instruction.op == Op::Other {
+        if writes(memory.access()) && !implicit && instruction.op == Op::Other {
             let size = u8::try_from(memory.memory_size().size()).unwrap_or(u8::MAX);
             instruction.op = store(place(iced), Operand::Unknown, size.max(1));
         }
     }
     let known = written(instruction.op);
     for used in info.used_registers() {
-        let writes = matches!(
-            used.access(),
-            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-        );
         if let Some(register) = general(used.register())
-            && writes
+            && writes(used.access())
             && register != SP
             && Some(register) != known
         {
             instruction.clobbers |= (1 as RegisterSet) << register;
         }
     }
-    instruction
 }
 
 fn flow(iced: &Iced) -> Flow {
