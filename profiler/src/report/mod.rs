@@ -27,14 +27,18 @@ mod folded;
 mod grid;
 mod json;
 mod paint;
+mod pprof;
 mod scan;
+mod svg;
 mod table;
 mod text;
 mod weighted;
 
 pub use folded::Folded;
 pub use json::Json;
+pub use pprof::Pprof;
 pub use scan::{ScanExplained, ScanTable};
+pub use svg::Svg;
 pub use table::Table;
 
 /// One way of showing a profile.
@@ -74,6 +78,10 @@ pub enum Format {
     Json,
     /// One line a call stack, for flame graph tools.
     Folded,
+    /// A flame graph.
+    Svg,
+    /// A gzipped profile.proto for `go tool pprof`.
+    Pprof,
 }
 
 /// How a profile should be shown. Each format takes what concerns it.
@@ -122,6 +130,8 @@ impl Format {
         let by_extension = [
             (".json", Self::Json),
             (".folded", Self::Folded),
+            (".svg", Self::Svg),
+            (".pb.gz", Self::Pprof),
             (".txt", Self::Table),
         ];
         by_extension
@@ -136,7 +146,14 @@ impl Format {
             Self::Table => Box::new(Table::new(options)),
             Self::Json => Box::new(Json),
             Self::Folded => Box::new(Folded::new(options.weight)),
+            Self::Svg => Box::new(Svg::new(options.weight)),
+            Self::Pprof => Box::new(Pprof),
         }
+    }
+
+    /// Whether the output is for machines alone and would garble a terminal.
+    pub fn is_binary(self) -> bool {
+        self == Self::Pprof
     }
 }
 
