@@ -1,0 +1,219 @@
+//! From what an engine measured to a profile.
+
+use std::collections::{BTreeMap, HashMap};
+
+use deferprof_symbols::{Frame, Site, VirtualAddress};
+
+use super::load::Schema;
+use super::{
+    Engine, LinkKind, Loss, Overhead, Profile, ProfileSite, SiteInfo, Stack, StackFrame, Target,
+    Window,
+};
+use crate::cost::CostTable;
+
+/// What is known after the probes were disarmed: the material of a [`Profile`].
+#[derive(Clone, Debug)]
+pub struct Recording {
+    /// The process.
+    pub target: Target,
+    /// What made it report hits.
+    pub engine: Engine,
+    /// How the probes were attached; `None` for an engine without kernel links.
+    pub link: Option<LinkKind>,
+    /// When.
+    pub window: Window,
+    /// Every site that was asked for (after `--include` and `--exclude`), in the inventory's
+    /// order, with its count: also those that never ran.
+    pub sites: Vec<SiteCount>,
+    /// Call stacks, or `None` if they were not asked for.
+    pub stacks: Option<Vec<RawStack>>,
+    /// What the profiler cost the target.
+    pub overhead: Option<Overhead>,
+    /// What the profiler missed.
+    pub loss: Option<Loss>,
+    /// What the reader should know, a full sentence each: the inventory's and the engine's.
+    pub warnings: Vec<String>,
+}
+
+/// A site and how often it registered.
+#[derive(Clone, Debug)]
+pub struct SiteCount {
+    /// The site.
+    pub info: SiteInfo,
+    /// How often it registered; `None` if it could not be watched.
+    pub registered: Option<u64>,
+}
+
+/// One call stack as an engine saw it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawStack {
+    /// The index of the site in [`Recording::sites`].
+    pub site: usize,
+    /// Addresses as linked (the load bias taken off): first an instruction in the function with the
+    /// defer (the probe's), then return addresses outwards.
+    pub addresses: Vec<VirtualAddress>,
+    /// How often the site registered on it.
+    pub registered: u64,
+}
+
+impl SiteCount {
+    /// A site of the inventory and how often it registered; `None` if it could not be watched.
+    pub fn new(site: &Site, registered: Option<u64>) -> Self {
+        Self {
+            info: SiteInfo::from(site),
+            registered,
+        }
+    }
+}
+
+impl Profile {
+    /// Makes the profile of a recording: estimates costs and resolves stacks.
+    ///
+    /// `frames` gives the source frames at an address as linked, innermost first, inlined calls
+    /// expanded, as [`deferprof_symbols::Binary::frames`] does; it is asked once for each address,
+    /// and with the byte before a return address. Where it knows nothing, the address itself
+    /// becomes the function's name. Stacks that become equal are merged; those of a site that
+    /// does not exist are left out.
+    ///
+    /// ```ignore
+    /// let profile = Profile::new(recording, |address| binary.frames(address));
+    /// ```
+    pub fn new(recording: Recording, frames: impl FnMut(VirtualAddress) -> Vec<Frame>) -> Self {
+        let costs = CostTable::builtin().for_release(&recording.target.go_version);
+        let sites: Vec<ProfileSite> = recording
+            .sites
+            .into_iter()
+            .map(|SiteCount { info, registered }| {
+                let cost = registered.and_then(|n| costs.cost_ns(info.mechanism, n));
+                let saving = registered.and_then(|n| costs.saving_ns(info.mechanism, n));
+                ProfileSite {
+                    info,
+                    registered,
+                    ran: None,
+                    pool: None,
+                    latency_ns: None,
+                    estimated: None,
+                    cost_ns: cost,
+                    saving_ns: saving,
+                }
+            })
+            .collect();
+
+        let mut resolver = Resolver::new(frames);
+        let stacks = recording.stacks.map(|raw| {
+            resolver
+                .resolve(raw)
+                .into_iter()
+                .filter_map(|((site, locations), registered)| {
+                    let info = &sites.get(site)?.info;
+                    Some(Stack {
+                        site: info.id.clone(),
+                        frames: resolver.names(&locations),
+                        locations: Some(locations),
+                        registered,
+                        cost_ns: costs.cost_ns(info.mechanism, registered),
+                    })
+                })
+                .collect::<Vec<_>>()
+        });
+
+        Self {
+            schema: Schema::default(),
+            target: recording.target,
+            engine: recording.engine,
+            link: recording.link,
+            window: recording.window,
+            sites,
+            runtime: None,
+            frames: stacks.is_some().then_some(resolver.table),
+            stacks,
+            overhead: recording.overhead,
+            loss: recording.loss,
+            warnings: recording.warnings,
+        }
+    }
+}
+
+/// Turns addresses into indices of a table of frames, each address once.
+struct Resolver<F> {
+    frames: F,
+    table: Vec<StackFrame>,
+    indices: HashMap<StackFrame, u32>,
+    known: HashMap<VirtualAddress, Vec<u32>>,
+}
+
+impl<F: FnMut(VirtualAddress) -> Vec<Frame>> Resolver<F> {
+    fn new(frames: F) -> Self {
+        Self {
+            frames,
+            table: Vec::new(),
+            indices: HashMap::new(),
+            known: HashMap::new(),
+        }
+    }
+
+    /// Counts by site and frames, leaf first; the same for any order of `raw`.
+    fn resolve(&mut self, mut raw: Vec<RawStack>) -> BTreeMap<(usize, Vec<u32>), u64> {
+        raw.sort_by(|a, b| (a.site, &a.addresses).cmp(&(b.site, &b.addresses)));
+        let mut counts = BTreeMap::new();
+        for stack in raw {
+            let mut locations = Vec::with_capacity(stack.addresses.len());
+            for (depth, &address) in stack.addresses.iter().enumerate() {
+                let address = match depth {
+                    0 => address,
+                    _ => VirtualAddress(address.0.saturating_sub(1)),
+                };
+                locations.extend_from_slice(self.at(address));
+            }
+            let count: &mut u64 = counts.entry((stack.site, locations)).or_default();
+            *count = count.saturating_add(stack.registered);
+        }
+        counts
+    }
+
+    fn names(&self, locations: &[u32]) -> Vec<String> {
+        locations
+            .iter()
+            .filter_map(|&index| self.table.get(index as usize))
+            .map(|frame| frame.function.clone())
+            .collect()
+    }
+
+    fn at(&mut self, address: VirtualAddress) -> &[u32] {
+        self.known.entry(address).or_insert_with(|| {
+            let frames = (self.frames)(address);
+            let last = frames.len().saturating_sub(1);
+            let mut chain: Vec<StackFrame> = frames
+                .into_iter()
+                .enumerate()
+                .map(|(i, frame)| StackFrame {
+                    function: frame.function,
+                    file: (!frame.file.is_empty()).then_some(frame.file),
+                    line: (frame.line != 0).then_some(frame.line),
+                    start_line: (frame.start_line != 0).then_some(frame.start_line),
+                    address: Some(address),
+                    inlined: i < last,
+                })
+                .collect();
+            if chain.is_empty() {
+                chain.push(StackFrame {
+                    function: address.to_string(),
+                    file: None,
+                    line: None,
+                    start_line: None,
+                    address: Some(address),
+                    inlined: false,
+                });
+            }
+            chain
+                .into_iter()
+                .map(|frame| {
+                    *self.indices.entry(frame).or_insert_with_key(|frame| {
+                        self.table.push(frame.clone());
+                        u32::try_from(self.table.len() - 1).unwrap_or(u32::MAX)
+                    })
+                })
+                .collect()
+        })
+    }
+}
