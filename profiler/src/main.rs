@@ -1,3 +1,5 @@
 //! The `deferprof` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    deferprof::cli::main()
+}

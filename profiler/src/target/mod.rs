@@ -1,0 +1,13 @@
+//! The process that is watched: finding it, opening what it runs, starting it, seeing it end.
+
+mod child;
+mod error;
+mod executable;
+mod process;
+mod wait;
+
+pub use child::PausedChild;
+pub use error::TargetError;
+pub use executable::Executable;
+pub use process::Process;
+pub use wait::{Signals, Wake, wait};
