@@ -2,3 +2,195 @@
 //! for `bpfel-unknown-none` and for the host.
 #![no_std]
 #![forbid(unsafe_code)]
+
+/// How many frames of a user stack are kept: `PERF_MAX_STACK_DEPTH`, what the kernel walks unless
+/// `kernel.perf_event_max_stack` was changed (include/uapi/linux/perf_event.h).
+pub const MAX_FRAMES: usize = 127;
+
+/// How many threads on one CPU can be in the middle of taking a stack at the same time. Kernels
+/// from 6.0 on let a program be preempted by another thread, so one buffer a CPU is not enough.
+pub const SCRATCH_SLOTS: u32 = 4;
+
+/// The names of the programs, the maps and the variables in the object: both sides must agree.
+pub mod name {
+    /// The program that counts.
+    pub const COUNT: &str = "count";
+    /// The program that counts and takes stacks.
+    pub const COUNT_STACKS: &str = "count_stacks";
+    /// Per CPU, by site: how often its statement executed (`u64`).
+    pub const REGISTERED: &str = "REGISTERED";
+    /// Per CPU, by [`Event`](crate::Event): how often it happened (`u64`).
+    pub const EVENTS: &str = "EVENTS";
+    /// By hash: the frames ([`Stack`](crate::Stack)).
+    pub const STACKS: &str = "STACKS";
+    /// Per CPU, by site and stack ([`StackKey`](crate::StackKey)): hits (`u64`).
+    pub const STACK_COUNTS: &str = "STACK_COUNTS";
+    /// Per CPU, by site: hits whose stack was lost (`u64`).
+    pub const STACKS_LOST: &str = "STACKS_LOST";
+    /// Per CPU: where a stack is put together ([`Scratch`](crate::Scratch)).
+    pub const SCRATCH: &str = "SCRATCH";
+    /// The thread group that is counted, as the namespace that was chosen numbers it (`u32`).
+    pub const TGID: &str = "TGID";
+    /// Inode of the pid namespace in which `TGID` counts, 0 for the initial one (`u64`).
+    pub const PIDNS_INODE: &str = "PIDNS_INODE";
+    /// Device of the pid namespace's file (`u64`).
+    pub const PIDNS_DEVICE: &str = "PIDNS_DEVICE";
+    /// 1 if the program can be preempted by another thread of the target (`u32`).
+    pub const PREEMPTIBLE: &str = "PREEMPTIBLE";
+}
+
+/// What a probe asks: the high half of its cookie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Role {
+    /// A defer statement executed.
+    Registered = 0,
+}
+
+/// The 64 bits that the kernel hands to the program with each hit of a probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cookie(pub u64);
+
+impl Cookie {
+    /// The cookie of a probe.
+    pub const fn new(role: Role, site: u32) -> Self {
+        Self(((role as u64) << 32) | site as u64)
+    }
+}
+
+/// What else is counted beside the sites: an index into the map `EVENTS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Event {
+    /// A hit by another process than the target. Not a loss.
+    Foreign = 0,
+    /// A hit whose cookie names no site of this session: counted nowhere.
+    BadCookie = 1,
+    /// Stack lost: the kernel could not walk it.
+    StackFailed = 2,
+    /// Stack lost: the map of stacks is full.
+    StacksFull = 3,
+    /// Stack lost: the map of counts by site and stack is full.
+    StackCountsFull = 4,
+    /// Stack lost: more threads than [`SCRATCH_SLOTS`] were preempted amid a hit on one CPU.
+    ScratchBusy = 5,
+}
+
+impl Event {
+    /// How many kinds there are.
+    pub const COUNT: u32 = 6;
+}
+
+/// The key of `STACK_COUNTS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct StackKey {
+    /// What [`hash`] says of the frames: the key of `STACKS`.
+    pub hash: [u64; 2],
+    /// The site.
+    pub site: u64,
+}
+
+/// A user stack.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Stack {
+    /// How many of the frames are valid.
+    pub length: u64,
+    /// Runtime addresses, leaf first: the probed instruction, then return addresses.
+    pub frames: [u64; MAX_FRAMES],
+}
+
+/// Room to put one stack together.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Scratch {
+    /// 1 while a thread uses it.
+    pub claimed: u64,
+    /// The stack.
+    pub stack: Stack,
+}
+
+/// 128 bits that tell stacks apart: two independent multiply-and-shift lanes, each of which is a
+/// bijection of its state for a given frame, so that two stacks of one length that differ in one
+/// frame never collide, and others do with a chance of about 2⁻¹²⁸. Bounded by [`MAX_FRAMES`] for
+/// the verifier's sake.
+#[inline(always)]
+pub fn hash(stack: &Stack) -> [u64; 2] {
+    const A: u64 = 0x9e37_79b9_7f4a_7c15; // 2⁶⁴/φ, odd
+    const B: u64 = 0xc2b2_ae3d_27d4_eb4f; // a prime, as in xxHash
+    let length = stack.length;
+    let mut a = length ^ B;
+    let mut b = length ^ A;
+    let mut index = 0;
+    while index < MAX_FRAMES {
+        if index as u64 >= length {
+            break;
+        }
+        let frame = stack.frames[index];
+        a = (a ^ frame).wrapping_mul(A);
+        a ^= a >> 32;
+        b = (b ^ frame).wrapping_mul(B);
+        b ^= b >> 29;
+        index += 1;
+    }
+    [a, b]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stack(frames: &[u64]) -> Stack {
+        let mut stack = Stack {
+            length: frames.len() as u64,
+            frames: [0; MAX_FRAMES],
+        };
+        stack.frames[..frames.len()].copy_from_slice(frames);
+        stack
+    }
+
+    #[test]
+    fn layouts_are_the_same_on_both_sides() {
+        assert_eq!(size_of::<StackKey>(), 24);
+        assert_eq!(size_of::<Stack>(), 8 + 8 * MAX_FRAMES);
+        assert_eq!(size_of::<Scratch>(), 16 + 8 * MAX_FRAMES);
+    }
+
+    #[test]
+    fn a_cookie_keeps_the_site_in_its_low_half() {
+        assert_eq!(Cookie::new(Role::Registered, 7).0, 7);
+        assert_eq!(Cookie::new(Role::Registered, u32::MAX).0, u32::MAX.into());
+    }
+
+    #[test]
+    fn stacks_that_differ_hash_differently() {
+        let mut full = [0x40_1000; MAX_FRAMES];
+        let stacks = [
+            hash(&stack(&[])),
+            hash(&stack(&[0])),
+            hash(&stack(&[0, 0])),
+            hash(&stack(&[1, 2])),
+            hash(&stack(&[2, 1])),
+            hash(&stack(&full)),
+            {
+                full[MAX_FRAMES - 1] += 1;
+                hash(&stack(&full))
+            },
+        ];
+        for (index, one) in stacks.iter().enumerate() {
+            for other in &stacks[index + 1..] {
+                assert!(one[0] != other[0] && one[1] != other[1]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_lies_behind_the_length_does_not_count() {
+        let mut one = stack(&[1, 2, 3]);
+        let before = hash(&one);
+        one.frames[3] = 99;
+        assert_eq!(hash(&one), before);
+    }
+}

@@ -1,0 +1,161 @@
+//! What the programs have counted, read out of their maps.
+
+use std::{collections::HashMap, io, os::fd::BorrowedFd};
+
+use deferprof_ebpf_common::{Event, MAX_FRAMES, name};
+
+use super::sys::{self, Map};
+use crate::engine::{Counts, EngineError, Loss, StackCount};
+
+/// The maps of one session.
+#[derive(Debug)]
+pub(super) struct Counters {
+    registered: Map,
+    events: Map,
+    stacks: Option<Stacks>,
+    sites: u32,
+}
+
+#[derive(Debug)]
+struct Stacks {
+    frames: Map,
+    counts: Map,
+    lost: Map,
+    /// As many frames as the kernel walks.
+    limit: usize,
+    // The rest of the maps live as long as the program that uses them.
+}
+
+impl Counters {
+    /// Takes over the maps that were made for the program.
+    pub(super) fn new(
+        mut maps: HashMap<&'static str, Map>,
+        sites: u32,
+        stacks: bool,
+    ) -> Result<Self, EngineError> {
+        let mut take = |name: &'static str| {
+            maps.remove(name).ok_or_else(|| EngineError::Object {
+                origin: "of this session".into(),
+                reason: format!("it has no map `{name}`"),
+            })
+        };
+        Ok(Self {
+            registered: take(name::REGISTERED)?,
+            events: take(name::EVENTS)?,
+            stacks: if stacks {
+                Some(Stacks {
+                    frames: take(name::STACKS)?,
+                    counts: take(name::STACK_COUNTS)?,
+                    lost: take(name::STACKS_LOST)?,
+                    limit: frame_limit(),
+                })
+            } else {
+                None
+            },
+            sites,
+        })
+    }
+
+    /// Reads all of them, the stacks first, and how often the kernel left out `program`.
+    pub(super) fn read(&self, program: BorrowedFd<'_>) -> Result<Counts, EngineError> {
+        let read = || -> io::Result<Counts> {
+            let mut counts = Counts::default();
+            if let Some(stacks) = &self.stacks {
+                counts.stacks = stacks.read()?;
+                counts.stacks_lost = per_cpu_array(&stacks.lost, self.sites)?;
+            }
+            counts.registered = per_cpu_array(&self.registered, self.sites)?;
+            let events = per_cpu_array(&self.events, Event::COUNT)?;
+            let event = |event: Event| events.get(event as usize).copied().unwrap_or(0);
+            counts.loss = Loss {
+                foreign: event(Event::Foreign),
+                unknown_site: event(Event::BadCookie),
+                missed: sys::recursion_misses(program)?,
+                stack_failed: event(Event::StackFailed),
+                stacks_full: event(Event::StacksFull) + event(Event::StackCountsFull),
+                stack_busy: event(Event::ScratchBusy),
+            };
+            counts.hits = counts.registered.iter().sum::<u64>() + counts.loss.unknown_site;
+            Ok(counts)
+        };
+        read().map_err(|error| EngineError::system("read the eBPF counters", error))
+    }
+}
+
+impl Stacks {
+    fn read(&self) -> io::Result<Vec<StackCount>> {
+        let mut stacks = Vec::new();
+        let mut key = [0; size_of::<deferprof_ebpf_common::StackKey>()];
+        let mut next = key;
+        let mut first = true;
+        let mut per_cpu = vec![0; self.counts.value_size()];
+        // No entry is ever removed, so the walk neither starts over nor skips one that was there.
+        while self.counts.next_key((!first).then_some(&key), &mut next)? {
+            key = next;
+            first = false;
+            if !self.counts.lookup_into(&key, &mut per_cpu)? {
+                continue;
+            }
+            let registered = words(&per_cpu).sum();
+            let (hash, site) = key.split_at(16);
+            // Between the entry's making and the first hit's count there is a moment.
+            if registered == 0 {
+                continue;
+            }
+            // A stack is stored before it is counted.
+            let Some(stack) = self.frames.lookup(hash)? else {
+                continue;
+            };
+            let mut words_of_stack = words(&stack);
+            let length = words_of_stack.next().unwrap_or(0).min(MAX_FRAMES as u64) as usize;
+            let frames: Vec<_> = words_of_stack.take(length).collect();
+            stacks.push(StackCount {
+                site: words(site).next().unwrap_or(0) as u32,
+                truncated: frames.len() >= self.limit,
+                frames,
+                registered,
+            });
+        }
+        Ok(stacks)
+    }
+}
+
+/// The first `length` sums of a per-CPU array of `u64`.
+fn per_cpu_array(map: &Map, length: u32) -> io::Result<Vec<u64>> {
+    let mut per_cpu = vec![0; map.value_size()];
+    (0..length)
+        .map(|index| {
+            map.lookup_into(&index.to_ne_bytes(), &mut per_cpu)?;
+            Ok(words(&per_cpu).sum())
+        })
+        .collect()
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().map(|word| u64::from_ne_bytes(*word))
+}
+
+/// How many frames the kernel walks at most: what we have room for, or what the machine's
+/// administrator says.
+fn frame_limit() -> usize {
+    std::fs::read_to_string("/proc/sys/kernel/perf_event_max_stack")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .map_or(MAX_FRAMES, |limit: usize| limit.min(MAX_FRAMES))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_read_in_the_machines_order() {
+        let bytes: Vec<u8> = [1_u64, u64::MAX]
+            .iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .collect();
+        assert_eq!(words(&bytes).collect::<Vec<_>>(), [1, u64::MAX]);
+        assert_eq!(words(&bytes[..15]).count(), 1);
+    }
+}

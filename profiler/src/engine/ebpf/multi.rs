@@ -1,0 +1,81 @@
+//! One uprobe_multi link for all probes (Linux 6.6).
+
+use std::{
+    ffi::CStr,
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+};
+
+use deferprof_ebpf_common::{Cookie, Role};
+use deferprof_symbols::Probe;
+use nix::{libc, unistd::Pid};
+
+use super::{links, object, sys};
+use crate::engine::EngineError;
+
+/// Attaches `program` at all `probes`.
+pub(super) fn attach(
+    program: &OwnedFd,
+    path: &CStr,
+    probes: &[Probe],
+    pid: Pid,
+) -> Result<OwnedFd, EngineError> {
+    let link = |probes: &[Probe]| link(program.as_fd(), path, probes, pid);
+    link(probes).map_err(|error| {
+        let action = || format!("attach {} probes with a uprobe_multi link", probes.len());
+        match error.raw_os_error() {
+            Some(libc::ESRCH) => EngineError::NoTarget { pid },
+            _ if sys::is_permission(&error) => {
+                EngineError::not_permitted(action(), object::NEEDED, error)
+            }
+            _ if links::is_refusal(&error) => match refused(probes, &link) {
+                Some((probe, source)) => EngineError::InvalidProbe {
+                    offset: probe.offset,
+                    source,
+                },
+                None => EngineError::system(action(), error),
+            },
+            _ => EngineError::system(action(), error),
+        }
+    })
+}
+
+/// Whether this kernel has such links: a program and a path that is no regular file give EBADF if
+/// so, EINVAL if not (kernel/trace/bpf_trace.c; libbpf asks the same way).
+pub(super) fn is_supported(program: BorrowedFd<'_>) -> Result<(), io::Error> {
+    match sys::link_uprobe_multi(program, c"/", &[0], &[0], Pid::this()) {
+        Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Ok(()),
+    }
+}
+
+fn link(program: BorrowedFd<'_>, path: &CStr, probes: &[Probe], pid: Pid) -> io::Result<OwnedFd> {
+    let (offsets, cookies): (Vec<_>, Vec<_>) = probes
+        .iter()
+        .map(|probe| (probe.offset.0, Cookie::new(Role::Registered, probe.site).0))
+        .unzip();
+    sys::link_uprobe_multi(program, path, &offsets, &cookies, pid)
+}
+
+/// The first probe that the kernel refuses. The error of the whole does not name it, so it is
+/// looked for by halves: about 14 attempts for 10,000 probes.
+fn refused(
+    mut probes: &[Probe],
+    link: &dyn Fn(&[Probe]) -> io::Result<OwnedFd>,
+) -> Option<(Probe, io::Error)> {
+    loop {
+        if let [probe] = probes {
+            return Some((*probe, link(probes).err()?));
+        }
+        let (first, second) = probes.split_at_checked(probes.len() / 2)?;
+        if first.is_empty() {
+            return None;
+        }
+        probes = match link(first) {
+            Ok(_) => second,
+            Err(error) if links::is_refusal(&error) => first,
+            Err(_) => return None,
+        };
+    }
+}
