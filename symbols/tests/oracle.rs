@@ -1,0 +1,140 @@
+//! What a scan finds against what the compiler says it did (`-d=defer`), for the fixtures and for
+//! the Go toolchain's own programs.
+//!
+//! The compiler lists what it compiles, the linker keeps less: of the list only those lines count
+//! that have code in the binary, by its DWARF line table. A function with a defer is never inlined,
+//! so that is exact. A stripped build is compared with the line table of its twin with DWARF.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use deferprof_fixtures::{
+    Arch, Build, CompilerDefer, Error, Fixture, Toolchain, compiler_defers, lines_in_binary,
+    toolchain_program,
+};
+use deferprof_symbols::{Binary, Inventory, Mechanism};
+
+/// (file, line) → the mechanisms of the statements there.
+type Places = BTreeMap<(String, u32), BTreeSet<String>>;
+
+fn scan(path: &Path) -> Inventory {
+    let bytes = std::fs::read(path).unwrap();
+    let binary = Binary::parse(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    binary.inventory().unwrap()
+}
+
+fn found(inventory: &Inventory, keep: impl Fn(&str) -> bool) -> Places {
+    let mut places = Places::new();
+    for site in inventory.sites.iter().filter(|s| keep(&s.file)) {
+        // The compiler calls range-func defers heap-allocated, too.
+        let mechanism = match site.mechanism {
+            Mechanism::RangeFunc => Mechanism::Heap,
+            other => other,
+        };
+        let place = (site.file.clone(), site.line);
+        places.entry(place).or_default().insert(mechanism.to_string());
+    }
+    places
+}
+
+fn expected(defers: &[CompilerDefer], lines: &BTreeSet<(String, u32)>) -> Places {
+    let mut places = Places::new();
+    for defer in defers {
+        let place = (defer.file.clone(), defer.line);
+        if lines.contains(&place) {
+            places.entry(place).or_default().insert(defer.mechanism.to_string());
+        }
+    }
+    places
+}
+
+/// Asserts equality, naming the first differences.
+fn compare(what: &str, found: &Places, expected: &Places) {
+    assert!(!expected.is_empty(), "{what}: the oracle is empty");
+    let missing: Vec<_> = expected.iter().filter(|(k, v)| found.get(*k) != Some(*v)).collect();
+    let extra: Vec<_> = found.iter().filter(|(k, v)| expected.get(*k) != Some(*v)).collect();
+    assert!(
+        missing.is_empty() && extra.is_empty(),
+        "{what}: {} places expected, {} found; missing {:?}; extra {:?}",
+        expected.len(),
+        found.len(),
+        &missing[..missing.len().min(5)],
+        &extra[..extra.len().min(5)],
+    );
+    println!("{what}: {} places agree", expected.len());
+}
+
+/// Unwraps, or prints why the case is skipped.
+fn or_skip<T>(what: &str, result: Result<T, Error>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(error) if error.is_skip() => {
+            println!("{what}: skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{what}: {error}"),
+    }
+}
+
+fn fixtures(arch: Arch) {
+    for toolchain in Toolchain::all() {
+        for fixture in Fixture::all().unwrap() {
+            let what = format!("{} go{} {arch}", fixture.name, toolchain.release);
+            let plain = Build::arch(arch);
+            let Some(binary) = or_skip(&what, fixture.build(&toolchain, &plain)) else { continue };
+            let defers = compiler_defers(&toolchain, &fixture, &plain).unwrap();
+            let lines = lines_in_binary(&binary).unwrap();
+            let expected = expected(&defers, &lines);
+            if expected.is_empty() {
+                println!("{what}: no defers");
+                continue;
+            }
+            let files: BTreeSet<&str> = expected.keys().map(|(file, _)| file.as_str()).collect();
+            let inventory = scan(&binary);
+            assert_eq!(inventory.warnings, Vec::<String>::new(), "{what}");
+            compare(&what, &found(&inventory, |file| files.contains(file)), &expected);
+        }
+    }
+}
+
+#[test]
+fn fixtures_on_amd64() {
+    fixtures(Arch::Amd64);
+}
+
+#[test]
+fn fixtures_on_arm64() {
+    fixtures(Arch::Arm64);
+}
+
+/// A program of the toolchain, with DWARF and without.
+fn toolchain(name: &str, release: &str, arch: Arch) {
+    let what = format!("cmd/{name} go{release} {arch}");
+    let Some(toolchain) = or_skip(&what, Toolchain::find(release)) else { return };
+    let plain = toolchain_program(&toolchain, name, &Build::arch(arch)).unwrap();
+    let expected = expected(&plain.defers, &lines_in_binary(&plain.binary).unwrap());
+    let inventory = scan(&plain.binary);
+    assert_eq!(inventory.warnings, Vec::<String>::new(), "{what}");
+    compare(&what, &found(&inventory, |_| true), &expected);
+
+    let stripped = Build::arch(arch).ldflags("-s -w");
+    let stripped = toolchain_program(&toolchain, name, &stripped).unwrap();
+    let inventory = scan(&stripped.binary);
+    assert!(inventory.binary.stripped);
+    compare(&format!("{what} -s -w"), &found(&inventory, |_| true), &expected);
+}
+
+macro_rules! toolchain_tests {
+    ($($test:ident: $name:literal $release:literal;)*) => {
+        $(#[test] fn $test() { toolchain($name, $release, Arch::Amd64); })*
+    };
+}
+
+toolchain_tests! {
+    go_1_21: "go" "1.21";
+    go_1_27: "go" "1.27";
+    compile_1_21: "compile" "1.21";
+    compile_1_27: "compile" "1.27";
+    gofmt_1_21: "gofmt" "1.21";
+    gofmt_1_27: "gofmt" "1.27";
+}
