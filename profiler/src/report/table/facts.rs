@@ -233,6 +233,9 @@ fn reasons(
         .filter_map(|reason| Some((reason.as_str(), advice::sentence(reason)?)))
         .collect();
     let indent = known.iter().map(|(word, _)| width(word)).max().unwrap_or(0) + 2;
+    if !known.is_empty() {
+        writeln!(out)?;
+    }
     for (word, sentence) in known {
         let mut label = format!("{word:indent$}");
         for line in wrap(sentence, columns.saturating_sub(indent)) {
