@@ -5,3 +5,4 @@ mod golden;
 mod load;
 mod pprof;
 mod properties;
+mod rank;

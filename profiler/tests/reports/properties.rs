@@ -111,7 +111,7 @@ fn check_lines(text: &str, width: usize, what: &str) {
 
 #[test]
 fn no_line_of_a_table_is_wider_than_the_terminal() {
-    let cases = [(0, 1), (1, 1), (40, 1), (333, 10), (5_000, 95)];
+    let cases = [(0, 1), (1, 1), (40, 1), (333, 19), (5_000, 190)];
     for (sites, step) in cases {
         let profile = profile(sites);
         let scan = scan(&profile);
@@ -167,7 +167,7 @@ fn folded_weights_add_up_to_the_registered_totals() {
             let (stack, weight) = line.rsplit_once(' ').unwrap();
             assert!(stack.chars().all(|c| !c.is_control()), "{stack:?}");
             assert!(
-                stack.split(';').last().unwrap().starts_with("defer "),
+                stack.rsplit(';').next().unwrap().starts_with("defer "),
                 "{stack:?}"
             );
             sum += weight.parse::<u64>().unwrap();
