@@ -91,6 +91,42 @@ fn contradictions_are_named() {
     assert!(message(address).contains("\"0x+1\""));
     let negative = changed(|value| value["sites"][0]["registered"] = json!(-1));
     assert!(message(negative).contains("does not follow the schema"));
+    let gain = changed(|value| value["sites"][0]["cost_ns"] = json!(-1.5));
+    assert!(message(gain).contains("-1.5 ns"));
     let when = changed(|value| value["window"]["start"] = json!("yesterday"));
     assert!(message(when).contains("does not follow the schema"));
+}
+
+#[test]
+fn the_documentation_names_every_field() {
+    fn names(value: &Value, all: &mut Vec<String>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    all.push(name.clone());
+                    names(value, all);
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| names(item, all)),
+            _ => {}
+        }
+    }
+
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/profile-format.md");
+    let documentation = std::fs::read_to_string(path).unwrap();
+    let mut all = Vec::new();
+    for name in ["data/api.json", "data/scan.json"] {
+        names(&serde_json::from_slice(&file(name)).unwrap(), &mut all);
+    }
+    for name in all {
+        // In a list of fields, under a path, or as the path to others.
+        let known = [
+            format!("`{name}`"),
+            format!(".{name}`"),
+            format!("`{name}."),
+        ]
+        .iter()
+        .any(|form| documentation.contains(form));
+        assert!(known, "{name:?} is not in docs/profile-format.md");
+    }
 }
