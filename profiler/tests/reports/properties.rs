@@ -249,3 +249,36 @@ fn json_keeps_every_character_and_shows_none_raw() {
     assert!(!json.contains('\u{202e}'));
     assert_eq!(Profile::from_json(json.as_bytes()).unwrap(), profile);
 }
+
+#[test]
+fn a_reader_that_goes_away_is_an_error_that_says_so() {
+    struct Closing(usize);
+    impl std::io::Write for Closing {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let taken = bytes.len().min(self.0);
+            self.0 -= taken;
+            match taken {
+                0 => Err(std::io::ErrorKind::BrokenPipe.into()),
+                _ => Ok(taken),
+            }
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    for format in [
+        Format::Table,
+        Format::Json,
+        Format::Folded,
+        Format::Svg,
+        Format::Pprof,
+    ] {
+        for room in [0, 1, 100, 300] {
+            let report = format.report(&Options::default());
+            let error = report.write(&api(), &mut Closing(room)).unwrap_err();
+            let kind = error.kind();
+            assert_eq!(kind, std::io::ErrorKind::BrokenPipe, "{format:?}");
+        }
+    }
+}
