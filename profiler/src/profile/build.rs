@@ -75,8 +75,11 @@ impl Profile {
     /// becomes the function's name. Stacks that become equal are merged; those of a site that
     /// does not exist are left out.
     ///
-    /// ```ignore
+    /// ```no_run
+    /// # use deferprof::profile::{Profile, Recording};
+    /// # fn f(recording: Recording, binary: &deferprof_symbols::Binary<'_>) {
     /// let profile = Profile::new(recording, |address| binary.frames(address));
+    /// # }
     /// ```
     pub fn new(recording: Recording, frames: impl FnMut(VirtualAddress) -> Vec<Frame>) -> Self {
         let costs = CostTable::builtin().for_release(&recording.target.go_version);
@@ -215,5 +218,133 @@ impl<F: FnMut(VirtualAddress) -> Vec<Frame>> Resolver<F> {
                 })
                 .collect()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use deferprof_symbols::Mechanism;
+
+    use super::*;
+
+    fn site(id: &str, mechanism: Mechanism, registered: Option<u64>) -> SiteCount {
+        SiteCount {
+            info: SiteInfo {
+                id: id.to_owned(),
+                function: "main.f".to_owned(),
+                file: "/src/main.go".to_owned(),
+                line: Some(3),
+                pc: VirtualAddress(0x1000),
+                mechanism,
+                reason: None,
+                callee: None,
+                bit: None,
+            },
+            registered,
+        }
+    }
+
+    fn recording(sites: Vec<SiteCount>, stacks: Option<Vec<RawStack>>) -> Recording {
+        Recording {
+            target: Target {
+                pid: 1,
+                exe: "/bin/x".to_owned(),
+                args: Vec::new(),
+                go_version: "go1.27.3".to_owned(),
+                arch: "amd64".to_owned(),
+                build_id: None,
+            },
+            engine: Engine::Ebpf,
+            link: None,
+            window: Window {
+                start: jiff::Timestamp::UNIX_EPOCH,
+                duration_ns: 1,
+                observed_ns: 1,
+            },
+            sites,
+            stacks,
+            overhead: None,
+            loss: None,
+            warnings: Vec::new(),
+        }
+    }
+
+    /// 0x1000 is in f; 0x1fff is the last byte of a call of g, which is inlined into main.
+    fn frames(address: VirtualAddress) -> Vec<Frame> {
+        let frame = |function: &str, line| Frame {
+            function: function.to_owned(),
+            file: "/src/main.go".to_owned(),
+            line,
+            start_line: 1,
+        };
+        match address.0 {
+            0x1000 | 0x1010 => vec![frame("main.f", 3)],
+            0x1fff => vec![frame("main.g", 7), frame("main.main", 20)],
+            _ => Vec::new(),
+        }
+    }
+
+    fn raw(site: usize, addresses: &[u64], registered: u64) -> RawStack {
+        RawStack {
+            site,
+            addresses: addresses.iter().copied().map(VirtualAddress).collect(),
+            registered,
+        }
+    }
+
+    #[test]
+    fn callers_are_looked_up_before_the_return_address_and_inlined_calls_expanded() {
+        let sites = vec![site("main.f#1", Mechanism::Heap, Some(10))];
+        let stacks = vec![raw(0, &[0x1000, 0x2000, 0x9000], 10)];
+        let profile = Profile::new(recording(sites, Some(stacks)), frames);
+        let stack = &profile.stacks.unwrap()[0];
+        assert_eq!(stack.frames, ["main.f", "main.g", "main.main", "0x8fff"]);
+        assert_eq!(stack.locations.as_deref(), Some(&[0, 1, 2, 3][..]));
+        let table = profile.frames.unwrap();
+        let inlined: Vec<_> = table.iter().map(|frame| frame.inlined).collect();
+        assert_eq!(inlined, [false, true, false, false]);
+        assert_eq!(table[1].address, Some(VirtualAddress(0x1fff)));
+        assert_eq!(table[3].file, None);
+    }
+
+    #[test]
+    fn equal_stacks_are_merged_in_any_order_and_costs_estimated() {
+        let sites = || {
+            vec![
+                site("main.f#1", Mechanism::Heap, Some(30)),
+                site("main.f#2", Mechanism::OpenCoded, Some(5)),
+                site("main.f#3", Mechanism::Stack, None),
+            ]
+        };
+        let stacks = vec![
+            raw(1, &[0x1000], 5),
+            raw(0, &[0x1000, 0x2000], 10),
+            raw(0, &[0x1000, 0x2000], 20),
+            raw(7, &[0x1000], 1),
+        ];
+        let reversed = stacks.iter().rev().cloned().collect();
+        let profile = Profile::new(recording(sites(), Some(stacks)), frames);
+        assert_eq!(
+            profile,
+            Profile::new(recording(sites(), Some(reversed)), frames)
+        );
+        let costs = CostTable::builtin().for_release("go1.27.3");
+        let stacks = profile.stacks.as_deref().unwrap();
+        let counts: Vec<_> = stacks
+            .iter()
+            .map(|s| (s.site.as_str(), s.registered))
+            .collect();
+        assert_eq!(counts, [("main.f#1", 30), ("main.f#2", 5)]);
+        assert_eq!(stacks[0].cost_ns, costs.cost_ns(Mechanism::Heap, 30));
+        assert_eq!(profile.sites[0].cost_ns, stacks[0].cost_ns);
+        assert!(profile.sites[0].saving_ns < profile.sites[0].cost_ns);
+        assert_eq!(profile.sites[1].saving_ns, None);
+        assert_eq!(profile.sites[2].cost_ns, None);
+    }
+
+    #[test]
+    fn without_stacks_there_is_no_table_of_frames() {
+        let profile = Profile::new(recording(Vec::new(), None), frames);
+        assert_eq!((profile.stacks, profile.frames), (None, None));
     }
 }

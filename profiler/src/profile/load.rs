@@ -102,13 +102,24 @@ impl Profile {
         Self::from_json(&bytes)
     }
 
-    /// Whether the parts agree: unique sites, stacks that name sites and frames that exist.
+    /// Whether the parts agree: unique sites, stacks that name sites and frames that exist, no
+    /// negative times.
     fn check(&self) -> Result<(), String> {
         let mut ids = std::collections::HashSet::new();
         for site in &self.sites {
             if !ids.insert(site.info.id.as_str()) {
                 return Err(format!("the site {:?} is listed twice", site.info.id));
             }
+            if let Some(ns) = negative([site.cost_ns, site.saving_ns]) {
+                return Err(format!(
+                    "the site {:?} costs or saves {ns} ns",
+                    site.info.id
+                ));
+            }
+        }
+        let overhead = self.overhead.map(|o| [o.ns_per_hit, o.target_share]);
+        if let Some(value) = overhead.and_then(negative) {
+            return Err(format!("the overhead is {value}"));
         }
         for (number, stack) in self.stacks.iter().flatten().enumerate() {
             if !ids.contains(stack.site.as_str()) {
@@ -116,6 +127,9 @@ impl Profile {
                     "stack {number} belongs to {:?}, which is not among the sites",
                     stack.site
                 ));
+            }
+            if let Some(ns) = negative([stack.cost_ns]) {
+                return Err(format!("stack {number} costs {ns} ns"));
             }
             let Some(locations) = &stack.locations else {
                 continue;
@@ -137,6 +151,11 @@ impl Profile {
         }
         Ok(())
     }
+}
+
+/// The first value that is less than nothing.
+fn negative<const N: usize>(values: [Option<f64>; N]) -> Option<f64> {
+    values.into_iter().flatten().find(|&value| value < 0.0)
 }
 
 impl Scan {

@@ -47,6 +47,8 @@ pub(super) enum Align {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Need {
     Always,
+    /// Always, but it is the first to leave a line of numbers that gets too long.
+    Detail,
     /// In a wide terminal; lower ones first.
     IfRoom(u8),
 }
@@ -67,6 +69,14 @@ pub(super) struct Grid {
     pub places: Vec<Place>,
     /// What stands in the place of the total row; empty for no total row.
     pub total: String,
+}
+
+/// A column that is shown, with its width, which is costly to ask for.
+#[derive(Clone, Copy, Debug)]
+struct Shown<'a> {
+    index: usize,
+    column: &'a Column,
+    width: usize,
 }
 
 /// Widths of the three parts of a place.
@@ -90,34 +100,43 @@ impl Grid {
     pub fn write(&self, out: &mut dyn Write, columns: usize, paint: Paint) -> io::Result<()> {
         let need = self.needed();
         let whole = need.function + GAP + need.path;
-        let always = self.always();
+        let always: Vec<_> = self
+            .columns()
+            .filter(|shown| matches!(shown.column.need, Need::Always | Need::Detail))
+            .collect();
         let fixed = total_width(&always);
         if columns < fixed + whole.min(LEAST_PLACE) {
             return self.write_cards(out, columns, paint, &always);
         }
         let mut shown = always;
-        let mut optional: Vec<_> = (0..self.columns.len())
-            .filter_map(|index| match self.columns[index].need {
-                Need::IfRoom(priority) => Some((priority, index)),
-                Need::Always => None,
+        let mut optional: Vec<_> = self
+            .columns()
+            .filter_map(|candidate| match candidate.column.need {
+                Need::IfRoom(priority) => Some((priority, candidate)),
+                Need::Always | Need::Detail => None,
             })
             .collect();
-        optional.sort_unstable();
-        for (_, index) in optional {
-            let column = &self.columns[index];
-            let place = columns.checked_sub(total_width(&shown) + column.width() + GAP);
+        optional.sort_by_key(|&(priority, _)| priority);
+        for (_, candidate) in optional {
+            let place = columns.checked_sub(total_width(&shown) + candidate.width + GAP);
             if place.is_some_and(|place| place >= whole.min(EASY_PLACE)) {
-                shown.push((index, column));
-                shown.sort_unstable_by_key(|&(index, _)| index);
+                shown.push(candidate);
             }
         }
+        shown.sort_by_key(|column| column.index);
         let widths = self.divide(columns - total_width(&shown), need);
         self.write_lines(out, paint, &shown, widths)
     }
 
-    fn always(&self) -> Vec<(usize, &Column)> {
-        let columns = self.columns.iter().enumerate();
-        columns.filter(|(_, c)| c.need == Need::Always).collect()
+    fn columns(&self) -> impl Iterator<Item = Shown<'_>> {
+        self.columns
+            .iter()
+            .enumerate()
+            .map(|(index, column)| Shown {
+                index,
+                column,
+                width: column.width(),
+            })
     }
 
     fn needed(&self) -> Widths {
@@ -159,12 +178,12 @@ impl Grid {
         &self,
         out: &mut dyn Write,
         paint: Paint,
-        shown: &[(usize, &Column)],
+        shown: &[Shown<'_>],
         widths: Widths,
     ) -> io::Result<()> {
         let mut line = Line::default();
-        for (_, column) in shown {
-            line.cell(column.title, Tint::Dim, column, paint);
+        for shown in shown {
+            line.cell(shown.column.title, Tint::Dim, shown, paint);
         }
         line.text(FUNCTION, Tint::Dim, widths.function, paint);
         line.text(WHERE, Tint::Dim, widths.path, paint);
@@ -173,9 +192,9 @@ impl Grid {
         }
         line.end(out)?;
         for (row, place) in self.places.iter().enumerate() {
-            for (_, column) in shown {
-                let cell = column.cells.get(row).cloned().unwrap_or_default();
-                line.cell(&cell.text, cell.tint, column, paint);
+            for shown in shown {
+                let cell = shown.column.cells.get(row).cloned().unwrap_or_default();
+                line.cell(&cell.text, cell.tint, shown, paint);
             }
             let function = short_function(&place.function, widths.function);
             line.text(&function, Tint::Bold, widths.function, paint);
@@ -188,8 +207,8 @@ impl Grid {
             line.end(out)?;
         }
         if !self.total.is_empty() {
-            for (_, column) in shown {
-                line.cell(&column.total, Tint::Bold, column, paint);
+            for shown in shown {
+                line.cell(&shown.column.total, Tint::Bold, shown, paint);
             }
             line.text(&self.total, Tint::Bold, widths.function, paint);
             line.end(out)?;
@@ -204,50 +223,51 @@ impl Grid {
         out: &mut dyn Write,
         columns: usize,
         paint: Paint,
-        always: &[(usize, &Column)],
+        always: &[Shown<'_>],
     ) -> io::Result<()> {
-        let mut fitting = always.len();
-        while fitting > 1 && total_width(&always[..fitting]) > columns + GAP {
-            fitting -= 1;
+        let mut first = always.to_vec();
+        let mut rest = Vec::new();
+        while first.len() > 1 && total_width(&first) > columns + GAP {
+            let detail = first
+                .iter()
+                .rposition(|shown| shown.column.need == Need::Detail);
+            rest.insert(0, first.remove(detail.unwrap_or(first.len() - 1)));
         }
-        let (first, rest) = always.split_at(fitting);
-        let indent = first.first().map_or(0, |(_, c)| c.width() + GAP);
+        let indent = first.first().map_or(0, |shown| shown.width + GAP);
         let room = columns.saturating_sub(indent);
 
         let mut line = Line::default();
-        for (_, column) in first {
-            line.cell(column.title, Tint::Dim, column, paint);
+        for shown in &first {
+            line.cell(shown.column.title, Tint::Dim, shown, paint);
         }
         line.end(out)?;
         for (row, place) in self.places.iter().enumerate() {
-            for (_, column) in first {
-                let cell = column.cells.get(row).cloned().unwrap_or_default();
-                line.cell(&cell.text, cell.tint, column, paint);
+            for shown in &first {
+                let cell = shown.column.cells.get(row).cloned().unwrap_or_default();
+                line.cell(&cell.text, cell.tint, shown, paint);
             }
             line.end(out)?;
-            let details = rest.iter().filter_map(|(_, column)| {
-                let cell = column.cells.get(row).filter(|cell| !cell.text.is_empty())?;
+            let details = rest.iter().filter_map(|Shown { column, .. }| {
+                let cell = column.cells.get(row)?;
+                let known = !cell.text.is_empty() && cell.text != "-";
+                known.then_some(())?;
                 Some(format!("{} {}", column.title.to_lowercase(), cell.text))
             });
             for detail in join(details, " · ", room) {
                 writeln!(out, "{:indent$}{detail}", "")?;
             }
-            let need = Widths {
-                function: width(&place.function),
-                path: width(&place.path),
-                callee: 0,
-            };
             let file = width(file_name(&place.path)).min(room * 2 / 5);
-            let function = need.function.min(room.saturating_sub(GAP + file));
-            let path = room.saturating_sub(GAP + function);
+            let function = room.saturating_sub(GAP + file);
             let function = short_function(&place.function, function);
-            let function = paint.paint(Tint::Bold, &function);
-            let path = short_path(&place.path, path);
-            writeln!(out, "{:indent$}{function}  {path}", "")?;
+            let path = room.saturating_sub(GAP + width(&function));
+            line.text("", Tint::Plain, indent.saturating_sub(GAP), paint);
+            line.text(&function, Tint::Bold, width(&function), paint);
+            line.text(&short_path(&place.path, path), Tint::Plain, 0, paint);
+            line.end(out)?;
         }
         if !self.total.is_empty() {
-            for (_, column) in first {
-                line.cell(&column.total, Tint::Bold, column, paint);
+            for shown in &first {
+                line.cell(&shown.column.total, Tint::Bold, shown, paint);
             }
             line.end(out)?;
         }
@@ -260,8 +280,8 @@ const WHERE: &str = "WHERE";
 const CALLEE: &str = "DEFERRED";
 
 /// Columns and a gap after each.
-fn total_width(columns: &[(usize, &Column)]) -> usize {
-    columns.iter().map(|(_, column)| column.width() + GAP).sum()
+fn total_width(columns: &[Shown<'_>]) -> usize {
+    columns.iter().map(|shown| shown.width + GAP).sum()
 }
 
 /// A line under construction; blanks at its end are never written.
@@ -273,9 +293,9 @@ struct Line {
 }
 
 impl Line {
-    fn cell(&mut self, text: &str, tint: Tint, column: &Column, paint: Paint) {
-        let blanks = column.width().saturating_sub(width(text));
-        match column.align {
+    fn cell(&mut self, text: &str, tint: Tint, shown: &Shown<'_>, paint: Paint) {
+        let blanks = shown.width.saturating_sub(width(text));
+        match shown.column.align {
             Align::Left => self.push(text, tint, blanks, paint),
             Align::Right => {
                 self.blanks += blanks;

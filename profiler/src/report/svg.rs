@@ -47,7 +47,10 @@ impl Report for Svg {
         options.deterministic = true;
         options.hash = true;
         let lines = lines.iter().map(String::as_str);
-        flamegraph::from_lines(&mut options, lines, out)?;
+        // Through memory, so that an error of `out` keeps its kind.
+        let mut svg = Vec::new();
+        flamegraph::from_lines(&mut options, lines, &mut svg)?;
+        out.write_all(&svg)?;
         Ok(notes)
     }
 }

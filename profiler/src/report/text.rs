@@ -86,11 +86,8 @@ pub(crate) fn short_function(name: &str, room: usize) -> Cow<'_, str> {
     // The package's path ends before type arguments, which have slashes of their own.
     let generic = name.find('[').unwrap_or(name.len());
     let path = name.get(..generic).unwrap_or(name);
-    for (slash, _) in path.match_indices('/') {
-        let rest = name.get(slash..).unwrap_or_default();
-        if width(rest) < room {
-            return Cow::Owned(format!("…{rest}"));
-        }
+    if let Some(rest) = from_slash(name, path.len(), room) {
+        return Cow::Owned(format!("…{rest}"));
     }
     let start = path.rfind('/').map_or(0, |slash| slash + 1);
     keep_ends(name.get(start..).unwrap_or(name), room)
@@ -101,13 +98,18 @@ pub(crate) fn short_path(path: &str, room: usize) -> Cow<'_, str> {
     if width(path) <= room {
         return Cow::Borrowed(path);
     }
-    for (slash, _) in path.match_indices('/') {
-        let rest = path.get(slash..).unwrap_or_default();
-        if width(rest) < room {
-            return Cow::Owned(format!("…{rest}"));
-        }
+    if let Some(rest) = from_slash(path, path.len(), room) {
+        return Cow::Owned(format!("…{rest}"));
     }
     keep_end(file_name(path), room)
+}
+
+/// The longest end of `text` that starts with a slash before byte `end` and leaves room for an
+/// ellipsis.
+fn from_slash(text: &str, end: usize, room: usize) -> Option<&str> {
+    let start = text.len() - longest(text.chars().rev(), room.checked_sub(1)?);
+    let slash = text.get(start..end)?.find('/')?;
+    text.get(start + slash..)
 }
 
 /// What follows the last slash.

@@ -85,9 +85,7 @@ pub(super) fn grid(profile: &Profile, totals: &Totals, sites: &[&ProfileSite]) -
 fn measured(sites: &[&ProfileSite]) -> Vec<Column> {
     let mut columns = Vec::new();
     if sites.iter().any(|site| site.pool.is_some()) {
-        columns.push(numbers(right("MISS", String::new()), sites, |site| {
-            site.pool.map(misses)
-        }));
+        columns.push(numbers(detail("MISS"), sites, |site| site.pool.map(misses)));
     }
     type Value = fn(&Histogram) -> u64;
     type Which = fn(&ProfileSite) -> Option<Histogram>;
@@ -101,7 +99,7 @@ fn measured(sites: &[&ProfileSite]) -> Vec<Column> {
     ];
     for (title, which, value) in times {
         if sites.iter().any(|site| which(site).is_some()) {
-            columns.push(numbers(right(title, String::new()), sites, |site| {
+            columns.push(numbers(detail(title), sites, |site| {
                 let histogram = which(site).filter(|h| h.count > 0)?;
                 Some(time(value(&histogram) as f64))
             }));
@@ -122,6 +120,13 @@ fn right(title: &'static str, total: String) -> Column {
         need: Need::Always,
         cells: Vec::new(),
         total,
+    }
+}
+
+fn detail(title: &'static str) -> Column {
+    Column {
+        need: Need::Detail,
+        ..right(title, String::new())
     }
 }
 

@@ -195,22 +195,23 @@ fn basis(profile: &Profile, totals: &Totals) -> Option<String> {
     let each = crate::profile::MECHANISMS
         .into_iter()
         .filter_map(|mechanism| {
-            let mut sites = profile
-                .sites
-                .iter()
-                .filter(|s| s.info.mechanism == mechanism);
+            let of_it = |site: &&ProfileSite| site.info.mechanism == mechanism;
             // Many defers give the figure back without the rounding of few.
-            let site = sites.clone().max_by_key(|site| site.count())?;
+            let sites = profile.sites.iter().filter(of_it);
+            let site = sites.max_by_key(|site| site.count())?;
             let cost = site.cost_ns.filter(|_| site.count() > 0)?;
-            sites.next()?;
             Some(format!("{mechanism} {}", time(cost / site.count() as f64)))
         });
     let each: Vec<_> = each.collect();
     if each.is_empty() || totals.ran == 0 {
         return None;
     }
+    let elsewhere = match profile.target.arch.as_str() {
+        "amd64" => "",
+        _ => ", measured on amd64",
+    };
     Some(format!(
-        "Cost is an estimate: count × the cost of one defer ({}).",
+        "Cost is an estimate: count × the cost of one defer ({}{elsewhere}).",
         each.join(", ")
     ))
 }
@@ -233,6 +234,9 @@ fn reasons(
         .filter_map(|reason| Some((reason.as_str(), advice::sentence(reason)?)))
         .collect();
     let indent = known.iter().map(|(word, _)| width(word)).max().unwrap_or(0) + 2;
+    if !known.is_empty() {
+        writeln!(out)?;
+    }
     for (word, sentence) in known {
         let mut label = format!("{word:indent$}");
         for line in wrap(sentence, columns.saturating_sub(indent)) {
