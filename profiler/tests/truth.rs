@@ -1,0 +1,121 @@
+//! The whole line against the truth: for every fixture the profile's counts equal those that the
+//! fixture made itself, for every site of its main package, exactly; started by `run`, and attached
+//! to before the work starts; through uprobe_multi and through perf-event links.
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use deferprof_fixtures::{Build, Fixture, Options, Running, Toolchain, Truth};
+use support::{Deferprof, or_skip, uprobes_work};
+
+/// How a recording is made.
+#[derive(Clone, Copy, Debug)]
+enum How {
+    Run,
+    Attach,
+}
+
+/// Registered counts by function and line, of functions of package main.
+fn counts(profile: &serde_json::Value) -> BTreeMap<(String, u64), u64> {
+    let mut counts = BTreeMap::new();
+    for site in profile["sites"].as_array().unwrap() {
+        let function = site["function"].as_str().unwrap();
+        if function.starts_with("main.") {
+            let place = (as_the_runtime_names_it(function), site["line"].as_u64().unwrap());
+            *counts.entry(place).or_default() += site["registered"].as_u64().unwrap();
+        }
+    }
+    counts
+}
+
+/// The runtime shows `[...]` for type arguments (`funcNameForPrint`), so the truth does.
+fn as_the_runtime_names_it(function: &str) -> String {
+    match (function.find('['), function.rfind(']')) {
+        (Some(open), Some(close)) if open < close => {
+            format!("{}[...{}", &function[..open], &function[close..])
+        }
+        _ => function.to_owned(),
+    }
+}
+
+fn expected(truth: &Truth) -> BTreeMap<(String, u64), u64> {
+    let places = truth.by_place().into_iter();
+    places.map(|((function, line), c)| ((function, u64::from(line)), c.registered)).collect()
+}
+
+fn compare(release: &str, how: How, link: &str) {
+    if !uprobes_work() {
+        return;
+    }
+    let mut compared = 0;
+    let Some(toolchain) = or_skip(release, Toolchain::find(release)) else { return };
+    for fixture in Fixture::all().unwrap() {
+        let what = format!("{} go{release} {how:?} {link}", fixture.name);
+        let Some(binary) = or_skip(&what, fixture.build(&toolchain, &Build::default())) else {
+            continue;
+        };
+        let mut options = Options::default();
+        if fixture.name == "shop" {
+            options = options.seconds(0.5);
+        }
+        let mut arguments = vec!["--format=json".to_owned(), format!("--link={link}")];
+        if link == "perf" {
+            // Each probe is a link of its own there: the fixture's will do.
+            arguments.push(r"--include=^main\.".to_owned());
+        }
+        let (profile, truth) = match how {
+            How::Run => {
+                let mut deferprof = Deferprof::run(&arguments, &binary, &options.arguments());
+                let (output, profile) = deferprof.output_and_profile();
+                (profile, serde_json::from_str(&output).unwrap())
+            }
+            How::Attach => {
+                let mut running = Running::start(&binary, &options.wait().hold()).unwrap();
+                let mut deferprof = Deferprof::attach(&arguments, running.pid());
+                deferprof.wait_until_attached();
+                running.go().unwrap();
+                let truth = running.truth().unwrap();
+                deferprof.interrupt();
+                let (_, profile) = deferprof.output_and_profile();
+                running.finish().unwrap();
+                (profile, truth)
+            }
+        };
+        let (found, expected) = (counts(&profile), expected(&truth));
+        // Sites that the truth does not name may be there (other instantiations) but never ran.
+        let ran: BTreeMap<_, _> =
+            found.iter().filter(|(k, n)| **n > 0 || expected.contains_key(*k)).collect();
+        let expected: BTreeMap<_, _> = expected.iter().collect();
+        assert_eq!(ran, expected, "{what}");
+        assert_eq!(profile["loss"]["dropped"], 0, "{what}");
+        compared += expected.len();
+    }
+    assert!(compared > 100, "only {compared} places were compared");
+    println!("go{release} {how:?} {link}: {compared} places agree");
+}
+
+macro_rules! matrix {
+    ($($test:ident: $release:literal $how:ident $link:literal;)*) => {
+        $(#[test] fn $test() { compare($release, How::$how, $link); })*
+    };
+}
+
+matrix! {
+    run_multi_1_21: "1.21" Run "multi";
+    run_multi_1_23: "1.23" Run "multi";
+    run_multi_1_25: "1.25" Run "multi";
+    run_multi_1_27: "1.27" Run "multi";
+    run_perf_1_21: "1.21" Run "perf";
+    run_perf_1_23: "1.23" Run "perf";
+    run_perf_1_25: "1.25" Run "perf";
+    run_perf_1_27: "1.27" Run "perf";
+    attach_multi_1_21: "1.21" Attach "multi";
+    attach_multi_1_23: "1.23" Attach "multi";
+    attach_multi_1_25: "1.25" Attach "multi";
+    attach_multi_1_27: "1.27" Attach "multi";
+    attach_perf_1_21: "1.21" Attach "perf";
+    attach_perf_1_23: "1.23" Attach "perf";
+    attach_perf_1_25: "1.25" Attach "perf";
+    attach_perf_1_27: "1.27" Attach "perf";
+}
