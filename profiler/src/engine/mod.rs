@@ -4,16 +4,22 @@
 //! says so; an engine that patches the target would answer the same [`Request`] with the same
 //! [`Counts`].
 
+mod calibrate;
 pub mod ebpf;
 mod error;
 pub mod features;
+mod probed_loop;
 
 use std::{num::NonZeroU32, os::fd::BorrowedFd};
 
 use deferprof_symbols::Probe;
 use nix::unistd::Pid;
 
-pub use self::{ebpf::Session, error::EngineError};
+pub use self::{
+    calibrate::{Calibration, calibrate},
+    ebpf::Session,
+    error::EngineError,
+};
 
 /// How many different stacks are kept when the caller has no opinion. In the kernel a stack takes
 /// about 1.1 KB, and 8 bytes more for each CPU: 18 MB.
