@@ -1,1 +1,138 @@
-//! What makes a target report hits.
+//! What makes a target report hits: the question that is put to an engine, and what comes back.
+//!
+//! The one engine so far is [`ebpf`]: uprobes that count in the kernel. Nothing in this module
+//! says so; an engine that patches the target would answer the same [`Request`] with the same
+//! [`Counts`].
+
+mod calibrate;
+pub mod ebpf;
+mod error;
+pub mod features;
+mod probed_loop;
+
+use std::{num::NonZeroU32, os::fd::BorrowedFd};
+
+use deferprof_symbols::Probe;
+use nix::unistd::Pid;
+
+pub use self::{
+    calibrate::{Calibration, calibrate},
+    ebpf::Session,
+    error::EngineError,
+};
+
+/// How many different stacks are kept when the caller has no opinion. In the kernel a stack takes
+/// about 1.1 KB, and 8 bytes more for each CPU: 18 MB.
+pub const DEFAULT_STACKS: NonZeroU32 = NonZeroU32::new(16 * 1024).expect("not zero");
+
+/// What an engine is asked to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The target's executable: the probes' offsets are offsets in this file. Open it as
+    /// `/proc/<pid>/exe` so that it is the very inode that the target runs.
+    pub executable: BorrowedFd<'a>,
+    /// The target's thread group. It may be a child that has not executed the file yet; the probes
+    /// take effect when it does. All its threads count, also later ones; its children do not.
+    pub pid: Pid,
+    /// Where to count, and for which site. A site may have several probes.
+    pub probes: &'a [Probe],
+    /// How many sites there are: every [`Probe::site`] is less.
+    pub sites: u32,
+    /// How many different stacks to keep, `None` to take none: that makes a hit cheaper.
+    pub stacks: Option<NonZeroU32>,
+    /// How to attach.
+    pub link: LinkChoice,
+}
+
+/// Which kind of link to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LinkChoice {
+    /// The best that works here.
+    #[default]
+    Auto,
+    /// This one or an error.
+    Only(LinkKind),
+}
+
+/// How programs are attached to instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LinkKind {
+    /// One link for all probes (Linux 6.6).
+    UprobeMulti,
+    /// A perf event and a link for each probe (Linux 5.15).
+    PerfEvent,
+}
+
+impl LinkKind {
+    /// All of them, the best first.
+    pub const ALL: [Self; 2] = [Self::UprobeMulti, Self::PerfEvent];
+
+    /// The name that reports and `doctor` use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::UprobeMulti => "uprobe_multi",
+            Self::PerfEvent => "perf_event",
+        }
+    }
+}
+
+/// What an engine has counted since it was attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counts {
+    /// By site: how often its statement executed.
+    pub registered: Vec<u64>,
+    /// How many hits the target has paid for.
+    pub hits: u64,
+    /// Each stack of each site. Empty if none were asked for.
+    pub stacks: Vec<StackCount>,
+    /// By site: how many of `registered` are in no stack. Once detached, for every site
+    /// `registered` = its stacks' sum + `stacks_lost`. Empty if no stacks were asked for.
+    pub stacks_lost: Vec<u64>,
+    /// What was not counted, and why.
+    pub loss: Loss,
+}
+
+/// How often one site's statement executed under one stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StackCount {
+    /// The site.
+    pub site: u32,
+    /// Runtime addresses, leaf first: the probed instruction itself, then return addresses.
+    pub frames: Vec<u64>,
+    /// Whether the kernel stopped at its limit of frames, so that callers may be missing.
+    pub truncated: bool,
+    /// How often.
+    pub registered: u64,
+}
+
+/// What was not counted, by reason. All but the first say that numbers are incomplete.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Loss {
+    /// Hits by other processes, which are none of ours. Not a loss.
+    pub foreign: u64,
+    /// Hits that named no site of the session. Counted in `hits` alone.
+    pub unknown_site: u64,
+    /// Hits that the kernel did not report, because a program was running on that CPU already.
+    pub missed: u64,
+    /// Stacks that the kernel could not walk.
+    pub stack_failed: u64,
+    /// Stacks beyond the number asked for, [`Request::stacks`].
+    pub stacks_full: u64,
+    /// Stacks given up because too many threads were preempted amid a hit on one CPU.
+    pub stack_busy: u64,
+}
+
+impl Loss {
+    /// Hits that are in no site's count.
+    pub fn hits(&self) -> u64 {
+        self.unknown_site + self.missed
+    }
+
+    /// Hits that are in their site's count but in no stack.
+    pub fn stacks(&self) -> u64 {
+        self.stack_failed + self.stacks_full + self.stack_busy
+    }
+}

@@ -4,14 +4,18 @@
 
 use std::{
     arch::global_asm,
-    io::{BufRead as _, BufReader, Write as _},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     thread,
 };
 
 use deferprof_symbols::FileOffset;
-use nix::unistd::Pid;
+use nix::{
+    fcntl::OFlag,
+    sys::wait::waitpid,
+    unistd::{ForkResult, Pid, execve, fork, pipe2},
+};
 
 /// Says to the executable that it is the target, or the attacher, and not the tests.
 pub const MODE: &str = "DEFERPROF_TEST_MODE";
@@ -150,15 +154,17 @@ pub enum Place {
 }
 
 impl Place {
+    /// Bytes from one instruction of the sled to the next.
+    pub const INSTRUCTION: u64 = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
+
     /// Where it is in memory, in this process.
     pub fn address(self) -> u64 {
-        let instruction = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
         match self {
             Self::Leaf => t_leaf_nop as *const () as u64,
             Self::LeafStep => t_leaf_step as *const () as u64,
             Self::CallA => t_call_a as *const () as u64,
             Self::AfterA => t_after_a as *const () as u64,
-            Self::Sled(index) => t_sled as *const () as u64 + (index * instruction) as u64,
+            Self::Sled(index) => t_sled as *const () as u64 + index as u64 * Self::INSTRUCTION,
             Self::Refused => t_refused as *const () as u64,
         }
     }
@@ -295,6 +301,60 @@ impl Target {
                 return rest.trim().to_owned();
             }
         }
+    }
+}
+
+/// A child that has not executed the file yet.
+pub struct Waiting {
+    child: Pid,
+    go: OwnedFd,
+    input: std::fs::File,
+    output: BufReader<std::fs::File>,
+}
+
+impl Waiting {
+    pub fn fork() -> Self {
+        let (go_read, go_write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (input_read, input_write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (output_read, output_write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let arguments = [c"self", c"--exact", c"second_process", c"--nocapture"];
+        let mode = std::ffi::CString::new(format!("{MODE}=target")).unwrap();
+        // SAFETY: the child makes only system calls, on what was made ready before.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                let _ = nix::unistd::read(&go_read, &mut [0]);
+                let _ = nix::unistd::dup2_stdin(input_read);
+                let _ = nix::unistd::dup2_stdout(output_write);
+                let _ = execve(c"/proc/self/exe", &arguments, &[&mode]);
+                // SAFETY: ends the child without running anything of the parent's.
+                unsafe { nix::libc::_exit(127) }
+            }
+            ForkResult::Parent { child } => Self {
+                child,
+                go: go_write,
+                input: input_write.into(),
+                output: BufReader::new(output_read.into()),
+            },
+        }
+    }
+
+    pub fn pid(&self) -> Pid {
+        self.child
+    }
+
+    /// Lets it execute the file.
+    pub fn release(&mut self) {
+        nix::unistd::write(&self.go, b"g").unwrap();
+    }
+
+    /// Has it obey one command and end.
+    pub fn finish(mut self, command: &str) {
+        writeln!(self.input, "{command}").unwrap();
+        drop(self.input);
+        let mut said = String::new();
+        self.output.read_to_string(&mut said).unwrap();
+        assert!(said.contains("@done"), "{said}");
+        waitpid(self.child, None).unwrap();
     }
 }
 

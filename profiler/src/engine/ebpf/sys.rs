@@ -17,7 +17,7 @@ use aya_obj::generated::{
     bpf_insn, bpf_prog_info,
     bpf_prog_type::BPF_PROG_TYPE_KPROBE,
 };
-use nix::{errno::Errno, libc, unistd::Pid};
+use nix::{libc, unistd::Pid};
 
 /// The errno of "not supported" inside the kernel, which bpf(2) lets out; libc has no name for it.
 pub(super) const ENOTSUPP: i32 = 524;
@@ -42,7 +42,15 @@ unsafe fn bpf<A>(command: bpf_cmd, attribute: &mut A) -> io::Result<i32> {
             size_of::<A>(),
         )
     };
-    Ok(Errno::result(result)? as i32)
+    outcome(result)
+}
+
+/// The result of a system call. nix would turn an errno it has no name for, [`ENOTSUPP`], into 0.
+fn outcome(result: libc::c_long) -> io::Result<i32> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    i32::try_from(result).map_err(io::Error::other)
 }
 
 /// Takes ownership of a descriptor that a system call has just returned.
@@ -392,7 +400,7 @@ pub(super) fn open_uprobe(kind: u32, path: &CStr, offset: u64, pid: Pid) -> io::
             PERF_FLAG_FD_CLOEXEC,
         )
     };
-    Ok(owned(Errno::result(result)? as i32))
+    outcome(result).map(owned)
 }
 
 /// Attaches `program` to a perf event, each hit with `cookie` (Linux 5.15). The link holds the

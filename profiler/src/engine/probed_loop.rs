@@ -1,0 +1,126 @@
+//! Two loops of our own whose instructions are probed to learn what a hit costs here.
+//!
+//! Beside the system calls the only unsafe code of the engine: calling assembly.
+
+use std::{arch::global_asm, fs, io};
+
+use deferprof_symbols::FileOffset;
+
+// Both take how often to go round, at least 1, and keep to the C calling convention. The probed
+// instructions are of the kinds that a plan most often has: a direct call, and a plain move.
+#[cfg(target_arch = "x86_64")]
+global_asm!(
+    ".pushsection .text.deferprof_probed_loop, \"ax\", @progbits",
+    ".globl deferprof_loop_call, deferprof_probed_call, deferprof_loop_move, deferprof_probed_move",
+    "deferprof_loop_call:",
+    "deferprof_probed_call: call 2f", // emulated
+    "dec rdi",
+    "jnz deferprof_probed_call",
+    "2: ret",
+    "deferprof_loop_move:",
+    "deferprof_probed_move: mov rax, rdi", // single-stepped
+    "dec rdi",
+    "jnz deferprof_probed_move",
+    "ret",
+    ".popsection",
+);
+#[cfg(target_arch = "aarch64")]
+global_asm!(
+    ".pushsection .text.deferprof_probed_loop, \"ax\", @progbits",
+    ".globl deferprof_loop_call, deferprof_probed_call, deferprof_loop_move, deferprof_probed_move",
+    ".balign 4",
+    "deferprof_loop_call:",
+    "mov x9, x30",
+    "deferprof_probed_call: bl 2f", // emulated
+    "subs x0, x0, #1",
+    "b.ne deferprof_probed_call",
+    "mov x30, x9",
+    "2: ret",
+    "deferprof_loop_move:",
+    "deferprof_probed_move: mov x9, x0", // single-stepped
+    "subs x0, x0, #1",
+    "b.ne deferprof_probed_move",
+    "ret",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    fn deferprof_loop_call(times: u64);
+    fn deferprof_probed_call();
+    fn deferprof_loop_move(times: u64);
+    fn deferprof_probed_move();
+}
+
+/// One of the loops, by what the kernel does with its probed instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ProbedLoop {
+    /// It emulates it in the trap handler.
+    Emulated,
+    /// It single-steps it out of line: a second trap.
+    SingleStepped,
+}
+
+impl ProbedLoop {
+    /// Executes the probed instruction `times` times.
+    pub(super) fn run(self, times: u64) {
+        if times == 0 {
+            return; // The loops test their condition at the end.
+        }
+        // SAFETY: both keep to the C calling convention, touch no memory and end.
+        unsafe {
+            match self {
+                Self::Emulated => deferprof_loop_call(times),
+                Self::SingleStepped => deferprof_loop_move(times),
+            }
+        }
+    }
+
+    /// Where the probed instruction is in our own executable.
+    pub(super) fn offset(self) -> io::Result<FileOffset> {
+        let address = match self {
+            Self::Emulated => deferprof_probed_call as *const () as u64,
+            Self::SingleStepped => deferprof_probed_move as *const () as u64,
+        };
+        let maps = fs::read_to_string("/proc/self/maps")?;
+        file_offset(&maps, address)
+            .map(FileOffset)
+            .ok_or_else(|| io::Error::other("/proc/self/maps does not show deferprof's own code"))
+    }
+}
+
+/// Translates an address by the text of /proc/<pid>/maps.
+fn file_offset(maps: &str, address: u64) -> Option<u64> {
+    maps.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (start, end) = fields.next()?.split_once('-')?;
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        let (start, end, offset) = (hex(start)?, hex(end)?, hex(fields.nth(1)?)?);
+        let within = address.checked_sub(start).filter(|_| address < end)?;
+        within.checked_add(offset)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_translated_by_their_mapping() {
+        let maps = "\
+55d0db400000-55d0db4d5000 r--p 00000000 fe:01 42    /bin/x
+55d0db4d5000-55d0db4d7000 r-xp 000d4000 fe:01 42    /bin/x
+";
+        assert_eq!(file_offset(maps, 0x55d0_db4d_5074), Some(0xd4074));
+        assert_eq!(file_offset(maps, 0x55d0_db4d_7000), None);
+    }
+
+    #[test]
+    fn the_loops_end() {
+        for one in [ProbedLoop::Emulated, ProbedLoop::SingleStepped] {
+            one.run(0);
+            one.run(1);
+            one.run(1000);
+            assert!(one.offset().is_ok());
+        }
+    }
+}
