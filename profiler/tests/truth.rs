@@ -22,7 +22,10 @@ fn counts(profile: &serde_json::Value) -> BTreeMap<(String, u64), u64> {
     for site in profile["sites"].as_array().unwrap() {
         let function = site["function"].as_str().unwrap();
         if function.starts_with("main.") {
-            let place = (as_the_runtime_names_it(function), site["line"].as_u64().unwrap());
+            let place = (
+                as_the_runtime_names_it(function),
+                site["line"].as_u64().unwrap(),
+            );
             *counts.entry(place).or_default() += site["registered"].as_u64().unwrap();
         }
     }
@@ -41,7 +44,9 @@ fn as_the_runtime_names_it(function: &str) -> String {
 
 fn expected(truth: &Truth) -> BTreeMap<(String, u64), u64> {
     let places = truth.by_place().into_iter();
-    places.map(|((function, line), c)| ((function, u64::from(line)), c.registered)).collect()
+    places
+        .map(|((function, line), c)| ((function, u64::from(line)), c.registered))
+        .collect()
 }
 
 fn compare(release: &str, how: How, link: &str) {
@@ -49,7 +54,9 @@ fn compare(release: &str, how: How, link: &str) {
         return;
     }
     let mut compared = 0;
-    let Some(toolchain) = or_skip(release, Toolchain::find(release)) else { return };
+    let Some(toolchain) = or_skip(release, Toolchain::find(release)) else {
+        return;
+    };
     for fixture in Fixture::all().unwrap() {
         let what = format!("{} go{release} {how:?} {link}", fixture.name);
         let Some(binary) = or_skip(&what, fixture.build(&toolchain, &Build::default())) else {
@@ -84,8 +91,10 @@ fn compare(release: &str, how: How, link: &str) {
         };
         let (found, expected) = (counts(&profile), expected(&truth));
         // Sites that the truth does not name may be there (other instantiations) but never ran.
-        let ran: BTreeMap<_, _> =
-            found.iter().filter(|(k, n)| **n > 0 || expected.contains_key(*k)).collect();
+        let ran: BTreeMap<_, _> = found
+            .iter()
+            .filter(|(k, n)| **n > 0 || expected.contains_key(*k))
+            .collect();
         let expected: BTreeMap<_, _> = expected.iter().collect();
         assert_eq!(ran, expected, "{what}");
         assert_eq!(profile["loss"]["dropped"], 0, "{what}");

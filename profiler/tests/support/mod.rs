@@ -64,19 +64,33 @@ impl Deferprof {
     /// `deferprof run ARGUMENTS -- BINARY PROGRAM_ARGUMENTS`.
     pub fn run(arguments: &[String], binary: &Path, program: &[String]) -> Self {
         let mut command = deferprof();
-        command.arg("run").arg("--verbose").args(arguments).arg("--").arg(binary).args(program);
+        command
+            .arg("run")
+            .arg("--verbose")
+            .args(arguments)
+            .arg("--")
+            .arg(binary)
+            .args(program);
         Self::start(command)
     }
 
     /// `deferprof attach ARGUMENTS PID`.
     pub fn attach(arguments: &[String], pid: u32) -> Self {
         let mut command = deferprof();
-        command.arg("attach").arg("--verbose").args(arguments).arg(pid.to_string());
+        command
+            .arg("attach")
+            .arg("--verbose")
+            .args(arguments)
+            .arg(pid.to_string());
         Self::start(command)
     }
 
     fn start(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let stderr = child.stderr.take().unwrap();
         let (sender, errors) = mpsc::channel();
         std::thread::spawn(move || {
@@ -86,7 +100,11 @@ impl Deferprof {
                 }
             }
         });
-        Self { child, errors, said: Vec::new() }
+        Self {
+            child,
+            errors,
+            said: Vec::new(),
+        }
     }
 
     pub fn pid(&self) -> Pid {
@@ -119,7 +137,12 @@ impl Deferprof {
     /// Waits for its end: the exit status, standard output and standard error.
     pub fn finish(&mut self) -> (i32, String, String) {
         let mut stdout = String::new();
-        self.child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+        self.child
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut stdout)
+            .unwrap();
         let status = self.child.wait().unwrap();
         while let Ok(line) = self.errors.recv_timeout(Duration::from_secs(5)) {
             self.said.push(line);
@@ -131,10 +154,15 @@ impl Deferprof {
     pub fn output_and_profile(&mut self) -> (String, serde_json::Value) {
         let (status, stdout, stderr) = self.finish();
         assert_eq!(status, 0, "{stderr}");
-        let start = stdout.find("{\"schema\":").or_else(|| stdout.find("{\n  \"schema\":"));
+        let start = stdout
+            .find("{\"schema\":")
+            .or_else(|| stdout.find("{\n  \"schema\":"));
         let start = start.unwrap_or_else(|| panic!("no profile in {stdout:?}; {stderr}"));
         let (before, profile) = stdout.split_at(start);
-        let truth = before.lines().rfind(|l| l.starts_with("{\"fixture\"")).unwrap_or_default();
+        let truth = before
+            .lines()
+            .rfind(|l| l.starts_with("{\"fixture\""))
+            .unwrap_or_default();
         (truth.to_owned(), serde_json::from_str(profile).unwrap())
     }
 }
