@@ -13,16 +13,18 @@
 
 use aya_ebpf::{
     EbpfContext as _, Global,
-    bindings::{BPF_F_USER_STACK, BPF_NOEXIST, bpf_pidns_info},
+    bindings::{BPF_NOEXIST, bpf_pidns_info},
     helpers::{
         bpf_get_attach_cookie, bpf_get_current_pid_tgid, bpf_get_ns_current_pid_tgid,
-        generated::bpf_get_stack,
+        bpf_probe_read_user,
     },
     macros::{map, uprobe},
     maps::{HashMap, PerCpuArray, PerCpuHashMap},
     programs::ProbeContext,
 };
-use deferprof_ebpf_common::{Event, MAX_FRAMES, SCRATCH_SLOTS, Scratch, Stack, StackKey, hash};
+use deferprof_ebpf_common::{
+    Event, MAX_FRAMES, SCRATCH_SLOTS, Scratch, Stack, StackHash, StackKey,
+};
 
 // The sizes of these maps are set when they are loaded.
 #[map]
@@ -116,7 +118,8 @@ fn stack(ctx: &ProbeContext, site: u32) -> Result<(), Event> {
     // SAFETY: `claim` returns a valid entry of the map, and as long as it is claimed no other
     // thread touches it.
     let stack = unsafe { &mut (*scratch).stack };
-    let result = take(ctx, stack).and_then(|()| count_stack(stack, site));
+    let hash = take(ctx, stack);
+    let result = count_stack(stack, hash, site);
     // SAFETY: as above; a plain store releases the claim of this CPU's own entry.
     unsafe { (&raw mut (*scratch).claimed).write_volatile(0) };
     result
@@ -140,30 +143,54 @@ fn claim() -> Option<*mut Scratch> {
     None
 }
 
-/// Lets the kernel walk the user stack by frame pointers.
+/// Where `struct pt_regs` (`user_pt_regs` on arm64) has the instruction and the frame pointer, in
+/// words. Both layouts are part of the kernel's interface (ptrace).
+#[cfg(bpf_target_arch = "x86_64")]
+const REGISTERS: (usize, usize) = (16, 4);
+#[cfg(bpf_target_arch = "aarch64")]
+const REGISTERS: (usize, usize) = (32, 29);
+
+/// Walks the user stack by frame pointers, and returns the frames' hash.
+///
+/// bpf_get_stack would do it too, but it finds the end of the chain, a frame pointer of 0, by a page
+/// fault at address 0, which costs more than this walk of ten frames; and it keeps the frames in
+/// a buffer of the CPU's that another thread may overwrite where programs are preemptible.
 #[inline(always)]
-fn take(ctx: &ProbeContext, stack: &mut Stack) -> Result<(), Event> {
-    // SAFETY: the helper writes at most as many bytes as it is told.
-    let bytes = unsafe {
-        bpf_get_stack(
-            ctx.as_ptr(),
-            stack.frames.as_mut_ptr().cast(),
-            (MAX_FRAMES * size_of::<u64>()) as u32,
-            u64::from(BPF_F_USER_STACK),
-        )
-    };
-    if bytes < size_of::<u64>() as i64 {
-        return Err(Event::StackFailed);
+fn take(ctx: &ProbeContext, stack: &mut Stack) -> [u64; 2] {
+    let registers = ctx.as_ptr().cast::<u64>();
+    // SAFETY: the context is a `struct pt_regs`, which has both words.
+    let (instruction, mut frame) =
+        unsafe { (*registers.add(REGISTERS.0), *registers.add(REGISTERS.1)) };
+    stack.frames[0] = instruction;
+    let mut hash = StackHash::new().add(instruction);
+    let mut length = 1;
+    let mut truncated = 0;
+    while frame != 0 {
+        if length >= MAX_FRAMES {
+            truncated = 1;
+            break;
+        }
+        // The caller's frame pointer and the return address, on both architectures.
+        // SAFETY: the helper checks the user's address.
+        let Ok(saved) = (unsafe { bpf_probe_read_user(frame as *const [u64; 2]) }) else {
+            truncated = 1;
+            break;
+        };
+        stack.frames[length] = saved[1];
+        hash = hash.add(saved[1]);
+        length += 1;
+        frame = saved[0];
     }
-    stack.length = bytes as u64 / size_of::<u64>() as u64;
-    Ok(())
+    stack.length = length as u32;
+    stack.truncated = truncated;
+    hash.finish(length as u32, truncated)
 }
 
 /// Counts the stack for the site; the first time it is seen its frames are stored.
 #[inline(always)]
-fn count_stack(stack: &Stack, site: u32) -> Result<(), Event> {
+fn count_stack(stack: &Stack, hash: [u64; 2], site: u32) -> Result<(), Event> {
     let key = StackKey {
-        hash: hash(stack),
+        hash,
         site: u64::from(site),
     };
     if let Some(counter) = STACK_COUNTS.get_ptr_mut(&key) {

@@ -3,8 +3,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
-/// How many frames of a user stack are kept: `PERF_MAX_STACK_DEPTH`, what the kernel walks unless
-/// `kernel.perf_event_max_stack` was changed (include/uapi/linux/perf_event.h).
+/// How many frames of a user stack are kept: as many as the kernel's own walk keeps unless told
+/// otherwise (PERF_MAX_STACK_DEPTH, include/uapi/linux/perf_event.h).
 pub const MAX_FRAMES: usize = 127;
 
 /// How many threads on one CPU can be in the middle of taking a stack at the same time. Kernels
@@ -67,26 +67,24 @@ pub enum Event {
     Foreign = 0,
     /// A hit whose cookie names no site of this session: counted nowhere.
     BadCookie = 1,
-    /// Stack lost: the kernel could not walk it.
-    StackFailed = 2,
     /// Stack lost: the map of stacks is full.
-    StacksFull = 3,
+    StacksFull = 2,
     /// Stack lost: the map of counts by site and stack is full.
-    StackCountsFull = 4,
+    StackCountsFull = 3,
     /// Stack lost: more threads than [`SCRATCH_SLOTS`] were preempted amid a hit on one CPU.
-    ScratchBusy = 5,
+    ScratchBusy = 4,
 }
 
 impl Event {
     /// How many kinds there are.
-    pub const COUNT: u32 = 6;
+    pub const COUNT: u32 = 5;
 }
 
 /// The key of `STACK_COUNTS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct StackKey {
-    /// What [`hash`] says of the frames: the key of `STACKS`.
+    /// What [`StackHash`] says of the frames: the key of `STACKS`.
     pub hash: [u64; 2],
     /// The site.
     pub site: u64,
@@ -97,7 +95,9 @@ pub struct StackKey {
 #[repr(C)]
 pub struct Stack {
     /// How many of the frames are valid.
-    pub length: u64,
+    pub length: u32,
+    /// 1 if callers may be missing: there are more frames, or one could not be read.
+    pub truncated: u32,
     /// Runtime addresses, leaf first: the probed instruction, then return addresses.
     pub frames: [u64; MAX_FRAMES],
 }
@@ -114,41 +114,51 @@ pub struct Scratch {
 
 /// 128 bits that tell stacks apart: two independent multiply-and-shift lanes, each of which is a
 /// bijection of its state for a given frame, so that two stacks of one length that differ in one
-/// frame never collide, and others do with a chance of about 2⁻¹²⁸. Bounded by [`MAX_FRAMES`] for
-/// the verifier's sake.
-#[inline(always)]
-pub fn hash(stack: &Stack) -> [u64; 2] {
+/// frame never collide, and others do with a chance of about 2⁻¹²⁸.
+#[derive(Clone, Copy, Debug)]
+pub struct StackHash(u64, u64);
+
+impl StackHash {
     const A: u64 = 0x9e37_79b9_7f4a_7c15; // 2⁶⁴/φ, odd
     const B: u64 = 0xc2b2_ae3d_27d4_eb4f; // a prime, as in xxHash
-    let length = stack.length;
-    let mut a = length ^ B;
-    let mut b = length ^ A;
-    let mut index = 0;
-    while index < MAX_FRAMES {
-        if index as u64 >= length {
-            break;
-        }
-        let frame = stack.frames[index];
-        a = (a ^ frame).wrapping_mul(A);
-        a ^= a >> 32;
-        b = (b ^ frame).wrapping_mul(B);
-        b ^= b >> 29;
-        index += 1;
+
+    /// Of no frames.
+    #[inline(always)]
+    pub const fn new() -> Self {
+        Self(Self::B, Self::A)
     }
-    [a, b]
+
+    /// With one more frame.
+    #[inline(always)]
+    pub const fn add(self, frame: u64) -> Self {
+        let a = (self.0 ^ frame).wrapping_mul(Self::A);
+        let b = (self.1 ^ frame).wrapping_mul(Self::B);
+        Self(a ^ (a >> 32), b ^ (b >> 29))
+    }
+
+    /// Of the frames added and whether they were truncated.
+    #[inline(always)]
+    pub const fn finish(self, length: u32, truncated: u32) -> [u64; 2] {
+        let Self(a, b) = self.add(((truncated as u64) << 32) | length as u64);
+        [a, b]
+    }
+}
+
+impl Default for StackHash {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn stack(frames: &[u64]) -> Stack {
-        let mut stack = Stack {
-            length: frames.len() as u64,
-            frames: [0; MAX_FRAMES],
-        };
-        stack.frames[..frames.len()].copy_from_slice(frames);
-        stack
+    fn hash(frames: &[u64], truncated: u32) -> [u64; 2] {
+        let hash = frames
+            .iter()
+            .fold(StackHash::new(), |hash, frame| hash.add(*frame));
+        hash.finish(frames.len() as u32, truncated)
     }
 
     #[test]
@@ -167,30 +177,22 @@ mod tests {
     #[test]
     fn stacks_that_differ_hash_differently() {
         let mut full = [0x40_1000; MAX_FRAMES];
-        let stacks = [
-            hash(&stack(&[])),
-            hash(&stack(&[0])),
-            hash(&stack(&[0, 0])),
-            hash(&stack(&[1, 2])),
-            hash(&stack(&[2, 1])),
-            hash(&stack(&full)),
-            {
-                full[MAX_FRAMES - 1] += 1;
-                hash(&stack(&full))
-            },
+        let mut stacks = [
+            hash(&[], 0),
+            hash(&[0], 0),
+            hash(&[0, 0], 0),
+            hash(&[0, 0], 1),
+            hash(&[1, 2], 0),
+            hash(&[2, 1], 0),
+            hash(&full, 0),
+            [0; 2],
         ];
+        full[MAX_FRAMES - 1] += 1;
+        stacks[7] = hash(&full, 0);
         for (index, one) in stacks.iter().enumerate() {
             for other in &stacks[index + 1..] {
                 assert!(one[0] != other[0] && one[1] != other[1]);
             }
         }
-    }
-
-    #[test]
-    fn what_lies_behind_the_length_does_not_count() {
-        let mut one = stack(&[1, 2, 3]);
-        let before = hash(&one);
-        one.frames[3] = 99;
-        assert_eq!(hash(&one), before);
     }
 }

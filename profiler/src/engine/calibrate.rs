@@ -10,7 +10,7 @@ use super::{EngineError, LinkChoice, LinkKind, Request, Session, probed_loop::Pr
 /// How often each loop is measured; the median counts, since other threads may interrupt some.
 const BATCHES: usize = 15;
 
-/// What one hit of a probe costs the thread that makes it.
+/// What one hit of a probe costs the thread that makes it; with stacks, one of 10 frames.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Calibration {
     /// Nanoseconds for an instruction that the kernel emulates.

@@ -101,7 +101,7 @@ pub struct StackCount {
     pub site: u32,
     /// Runtime addresses, leaf first: the probed instruction itself, then return addresses.
     pub frames: Vec<u64>,
-    /// Whether the kernel stopped at its limit of frames, so that callers may be missing.
+    /// Whether callers may be missing: there are more than 127 frames, or one could not be read.
     pub truncated: bool,
     /// How often.
     pub registered: u64,
@@ -117,8 +117,6 @@ pub struct Loss {
     pub unknown_site: u64,
     /// Hits that the kernel did not report, because a program was running on that CPU already.
     pub missed: u64,
-    /// Stacks that the kernel could not walk.
-    pub stack_failed: u64,
     /// Stacks beyond the number asked for, [`Request::stacks`].
     pub stacks_full: u64,
     /// Stacks given up because too many threads were preempted amid a hit on one CPU.
@@ -133,6 +131,6 @@ impl Loss {
 
     /// Hits that are in their site's count but in no stack.
     pub fn stacks(&self) -> u64 {
-        self.stack_failed + self.stacks_full + self.stack_busy
+        self.stacks_full + self.stack_busy
     }
 }

@@ -7,21 +7,37 @@ use std::{arch::global_asm, fs, io};
 use deferprof_symbols::FileOffset;
 
 // Both take how often to go round, at least 1, and keep to the C calling convention. The probed
-// instructions are of the kinds that a plan most often has: a direct call, and a plain move.
+// instructions are of the kinds that a plan most often has: a direct call, and a plain move. They
+// run on top of a chain of 8 frames, as deep as a handler of a server is, which ends there: Rust
+// uses the frame pointer for other things, and a walk that faults costs more than one that ends.
 #[cfg(target_arch = "x86_64")]
 global_asm!(
     ".pushsection .text.deferprof_probed_loop, \"ax\", @progbits",
     ".globl deferprof_loop_call, deferprof_probed_call, deferprof_loop_move, deferprof_probed_move",
     "deferprof_loop_call:",
+    "lea rax, [rip + deferprof_probed_call]",
+    "jmp 3f",
+    "deferprof_loop_move:",
+    "lea rax, [rip + deferprof_probed_move]",
+    "3: lea rdx, [rip + 4f]", // the return address in all frames
+    "push rbp",
+    "xor ebp, ebp",
+    ".rept 8",
+    "push rdx",
+    "push rbp",
+    "mov rbp, rsp",
+    ".endr",
+    "jmp rax",
     "deferprof_probed_call: call 2f", // emulated
     "dec rdi",
     "jnz deferprof_probed_call",
+    "4: add rsp, 8 * 16",
+    "pop rbp",
     "2: ret",
-    "deferprof_loop_move:",
     "deferprof_probed_move: mov rax, rdi", // single-stepped
     "dec rdi",
     "jnz deferprof_probed_move",
-    "ret",
+    "jmp 4b",
     ".popsection",
 );
 #[cfg(target_arch = "aarch64")]
@@ -30,17 +46,28 @@ global_asm!(
     ".globl deferprof_loop_call, deferprof_probed_call, deferprof_loop_move, deferprof_probed_move",
     ".balign 4",
     "deferprof_loop_call:",
-    "mov x9, x30",
+    "adr x10, deferprof_probed_call",
+    "b 3f",
+    "deferprof_loop_move:",
+    "adr x10, deferprof_probed_move",
+    "3: adr x11, 4f", // the return address in all frames
+    "stp x29, x30, [sp, #-16]!",
+    "mov x29, xzr",
+    ".rept 8",
+    "stp x29, x11, [sp, #-16]!",
+    "mov x29, sp",
+    ".endr",
+    "br x10",
     "deferprof_probed_call: bl 2f", // emulated
     "subs x0, x0, #1",
     "b.ne deferprof_probed_call",
-    "mov x30, x9",
+    "4: add sp, sp, #8 * 16",
+    "ldp x29, x30, [sp], #16",
     "2: ret",
-    "deferprof_loop_move:",
     "deferprof_probed_move: mov x9, x0", // single-stepped
     "subs x0, x0, #1",
     "b.ne deferprof_probed_move",
-    "ret",
+    "b 4b",
     ".popsection",
 );
 
@@ -66,7 +93,7 @@ impl ProbedLoop {
         if times == 0 {
             return; // The loops test their condition at the end.
         }
-        // SAFETY: both keep to the C calling convention, touch no memory and end.
+        // SAFETY: both keep to the C calling convention, touch only their own stack and end.
         unsafe {
             match self {
                 Self::Emulated => deferprof_loop_call(times),

@@ -21,8 +21,6 @@ struct Stacks {
     frames: Map,
     counts: Map,
     lost: Map,
-    /// As many frames as the kernel walks.
-    limit: usize,
     // The rest of the maps live as long as the program that uses them.
 }
 
@@ -47,7 +45,6 @@ impl Counters {
                     frames: take(name::STACKS)?,
                     counts: take(name::STACK_COUNTS)?,
                     lost: take(name::STACKS_LOST)?,
-                    limit: frame_limit(),
                 })
             } else {
                 None
@@ -71,7 +68,6 @@ impl Counters {
                 foreign: event(Event::Foreign),
                 unknown_site: event(Event::BadCookie),
                 missed: sys::recursion_misses(program)?,
-                stack_failed: event(Event::StackFailed),
                 stacks_full: event(Event::StacksFull) + event(Event::StackCountsFull),
                 stack_busy: event(Event::ScratchBusy),
             };
@@ -107,11 +103,13 @@ impl Stacks {
                 continue;
             };
             let mut words_of_stack = words(&stack);
-            let length = words_of_stack.next().unwrap_or(0).min(MAX_FRAMES as u64) as usize;
+            // Two u32: the kernel side is little-endian, as are the hosts that it is built for.
+            let head = words_of_stack.next().unwrap_or(0);
+            let length = (head as u32 as usize).min(MAX_FRAMES);
             let frames: Vec<_> = words_of_stack.take(length).collect();
             stacks.push(StackCount {
                 site: words(site).next().unwrap_or(0) as u32,
-                truncated: frames.len() >= self.limit,
+                truncated: head >> 32 != 0,
                 frames,
                 registered,
             });
@@ -134,15 +132,6 @@ fn per_cpu_array(map: &Map, length: u32) -> io::Result<Vec<u64>> {
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
     let (words, _) = bytes.as_chunks::<8>();
     words.iter().map(|word| u64::from_ne_bytes(*word))
-}
-
-/// How many frames the kernel walks at most: what we have room for, or what the machine's
-/// administrator says.
-fn frame_limit() -> usize {
-    std::fs::read_to_string("/proc/sys/kernel/perf_event_max_stack")
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .map_or(MAX_FRAMES, |limit: usize| limit.min(MAX_FRAMES))
 }
 
 #[cfg(test)]

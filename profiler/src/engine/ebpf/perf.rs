@@ -35,8 +35,8 @@ const TYPE_FILE: &str = "/sys/bus/event_source/devices/uprobe/type";
 /// Descriptors that the rest of the process may need beside one a probe.
 const SPARE_DESCRIPTORS: u64 = 256;
 
-/// How many threads close links. They only wait: the kernel does the work of all of them at once.
-const CLOSING_THREADS: usize = 512;
+/// How many threads close links. They only wait; more than some do so for a mutex of the kernel.
+const CLOSING_THREADS: usize = 64;
 
 /// The stack of a thread that only closes descriptors, in bytes.
 const CLOSING_STACK: usize = 64 * 1024;
