@@ -416,10 +416,6 @@ fn losses(counts: &Counts) -> Vec<String> {
         "hits named no site: counts are too low by that",
     );
     lost(
-        loss.stack_failed,
-        "call stacks could not be walked: they are in the counts only",
-    );
-    lost(
         loss.stacks_full,
         "call stacks had no room: they are in the counts only",
     );
