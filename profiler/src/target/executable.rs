@@ -46,12 +46,12 @@ impl Executable {
         }
         let file = File::open(path).map_err(failed)?;
         let empty = file.metadata().map_err(failed)?.len() == 0;
-        // SAFETY: the map is read-only and private. The one danger is that somebody truncates the
-        // file meanwhile, which ends deferprof, not the target, with SIGBUS; the kernel does not
-        // let a file that is being executed be written.
         let map = if empty {
             None
         } else {
+            // SAFETY: the map is read-only and private. The one danger is that somebody truncates
+            // the file meanwhile, which ends deferprof, not the target, with SIGBUS; the kernel
+            // does not let a file that is being executed be written.
             Some(unsafe { Mmap::map(&file) }.map_err(failed)?)
         };
         Ok(Self {
