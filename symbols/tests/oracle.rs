@@ -32,7 +32,10 @@ fn found(inventory: &Inventory, keep: impl Fn(&str) -> bool) -> Places {
             other => other,
         };
         let place = (site.file.clone(), site.line);
-        places.entry(place).or_default().insert(mechanism.to_string());
+        places
+            .entry(place)
+            .or_default()
+            .insert(mechanism.to_string());
     }
     places
 }
@@ -42,7 +45,10 @@ fn expected(defers: &[CompilerDefer], lines: &BTreeSet<(String, u32)>) -> Places
     for defer in defers {
         let place = (defer.file.clone(), defer.line);
         if lines.contains(&place) {
-            places.entry(place).or_default().insert(defer.mechanism.to_string());
+            places
+                .entry(place)
+                .or_default()
+                .insert(defer.mechanism.to_string());
         }
     }
     places
@@ -51,8 +57,14 @@ fn expected(defers: &[CompilerDefer], lines: &BTreeSet<(String, u32)>) -> Places
 /// Asserts equality, naming the first differences.
 fn compare(what: &str, found: &Places, expected: &Places) {
     assert!(!expected.is_empty(), "{what}: the oracle is empty");
-    let missing: Vec<_> = expected.iter().filter(|(k, v)| found.get(*k) != Some(*v)).collect();
-    let extra: Vec<_> = found.iter().filter(|(k, v)| expected.get(*k) != Some(*v)).collect();
+    let missing: Vec<_> = expected
+        .iter()
+        .filter(|(k, v)| found.get(*k) != Some(*v))
+        .collect();
+    let extra: Vec<_> = found
+        .iter()
+        .filter(|(k, v)| expected.get(*k) != Some(*v))
+        .collect();
     assert!(
         missing.is_empty() && extra.is_empty(),
         "{what}: {} places expected, {} found; missing {:?}; extra {:?}",
@@ -81,7 +93,9 @@ fn fixtures(arch: Arch) {
         for fixture in Fixture::all().unwrap() {
             let what = format!("{} go{} {arch}", fixture.name, toolchain.release);
             let plain = Build::arch(arch);
-            let Some(binary) = or_skip(&what, fixture.build(&toolchain, &plain)) else { continue };
+            let Some(binary) = or_skip(&what, fixture.build(&toolchain, &plain)) else {
+                continue;
+            };
             let defers = compiler_defers(&toolchain, &fixture, &plain).unwrap();
             let lines = lines_in_binary(&binary).unwrap();
             let expected = expected(&defers, &lines);
@@ -92,7 +106,11 @@ fn fixtures(arch: Arch) {
             let files: BTreeSet<&str> = expected.keys().map(|(file, _)| file.as_str()).collect();
             let inventory = scan(&binary);
             assert_eq!(inventory.warnings, Vec::<String>::new(), "{what}");
-            compare(&what, &found(&inventory, |file| files.contains(file)), &expected);
+            compare(
+                &what,
+                &found(&inventory, |file| files.contains(file)),
+                &expected,
+            );
         }
     }
 }
@@ -110,7 +128,9 @@ fn fixtures_on_arm64() {
 /// A program of the toolchain, with DWARF and without.
 fn toolchain(name: &str, release: &str, arch: Arch) {
     let what = format!("cmd/{name} go{release} {arch}");
-    let Some(toolchain) = or_skip(&what, Toolchain::find(release)) else { return };
+    let Some(toolchain) = or_skip(&what, Toolchain::find(release)) else {
+        return;
+    };
     let plain = toolchain_program(&toolchain, name, &Build::arch(arch)).unwrap();
     let expected = expected(&plain.defers, &lines_in_binary(&plain.binary).unwrap());
     let inventory = scan(&plain.binary);
@@ -121,7 +141,11 @@ fn toolchain(name: &str, release: &str, arch: Arch) {
     let stripped = toolchain_program(&toolchain, name, &stripped).unwrap();
     let inventory = scan(&stripped.binary);
     assert!(inventory.binary.stripped);
-    compare(&format!("{what} -s -w"), &found(&inventory, |_| true), &expected);
+    compare(
+        &format!("{what} -s -w"),
+        &found(&inventory, |_| true),
+        &expected,
+    );
 }
 
 macro_rules! toolchain_tests {
