@@ -10,7 +10,9 @@ use std::ops::Range;
 
 use crate::calls::Callee;
 use crate::code::Code;
-use crate::decode::{Conventions, Faults, Flow, Instruction, Op, Operand, Place, Register};
+use crate::decode::{
+    Conventions, Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet,
+};
 use crate::elf::Image;
 use crate::module::OpenDefers;
 use crate::value::{Bits, Value};
@@ -104,6 +106,13 @@ impl State {
     fn set(&mut self, register: Register, value: Value) {
         if let Some(place) = self.registers.get_mut(usize::from(register)) {
             *place = value;
+        }
+    }
+
+    fn clobber(&mut self, mut registers: RegisterSet) {
+        while registers != 0 {
+            self.set(registers.trailing_zeros() as u8, Value::Unknown);
+            registers &= registers - 1;
         }
     }
 
@@ -234,13 +243,7 @@ impl<'a> Analysis<'a> {
             first_bits_store: usize::MAX,
             findings: Findings::default(),
         };
-        analysis.first_bits_store = (0..code.instructions.len())
-            .find(|index| {
-                analysis
-                    .stores(*index)
-                    .any(|(key, size, _)| analysis.is_bits(key, size))
-            })
-            .unwrap_or(usize::MAX);
+        analysis.first_bits_store = analysis.find_first_bits_store().unwrap_or(usize::MAX);
         analysis.findings.diverts = vec![true; code.instructions.len()];
         analysis.findings.reached = vec![false; code.instructions.len()];
         let (states, settled) = analysis.settle();
@@ -297,6 +300,35 @@ impl<'a> Analysis<'a> {
         (states, true)
     }
 
+    /// The first store to `deferBits`: nothing precedes it but straight code of the entry.
+    fn find_first_bits_store(&self) -> Option<usize> {
+        self.open?;
+        // Addresses of stack cells that registers hold: arm64 forms those that no store can name
+        // in a register first.
+        let mut state = State::at_entry(self.code.instructions.len());
+        for (index, instruction) in self.code.instructions.iter().enumerate() {
+            if self
+                .stores(&state, index)
+                .any(|(key, size, _)| self.is_bits(key, size))
+            {
+                return Some(index);
+            }
+            match instruction.op {
+                Op::StackAddress(to, displacement) => {
+                    state.set(to, Value::Stack(self.code.stack_key(index, displacement)));
+                }
+                Op::Add(to, from, offset) => state.set(to, state.get(from).plus(offset)),
+                other => {
+                    if let Some(to) = other.written() {
+                        state.set(to, Value::Unknown);
+                    }
+                }
+            }
+            state.clobber(instruction.clobbers);
+        }
+        None
+    }
+
     fn is_bits(&self, key: i64, size: u8) -> bool {
         size == 1 && self.open.is_some_and(|open| open.bits == key)
     }
@@ -307,26 +339,42 @@ impl<'a> Analysis<'a> {
     }
 
     /// The stack cells that an instruction stores to: key, size and operand.
-    fn stores(&self, index: usize) -> impl Iterator<Item = (i64, u8, Operand)> + use<> {
+    fn stores(
+        &self,
+        state: &State,
+        index: usize,
+    ) -> impl Iterator<Item = (i64, u8, Operand)> + use<> {
         let (mut first, mut second) = (None, None);
         if let Some(Instruction {
             op:
                 Op::Store {
-                    to: Place::Stack(displacement),
+                    to,
                     values,
                     count,
                     size,
                 },
             ..
         }) = self.code.instructions.get(index)
+            && let Some(key) = self.stack_cell(state, index, *to)
         {
-            let key = self.code.stack_key(index, *displacement);
             first = Some((key, *size, values[0]));
             if *count > 1 {
                 second = Some((key.wrapping_sub(i64::from(*size)), *size, values[1]));
             }
         }
         first.into_iter().chain(second)
+    }
+
+    /// The key of the stack cell at a place, if it is one.
+    fn stack_cell(&self, state: &State, index: usize, place: Place) -> Option<i64> {
+        match place {
+            Place::Stack(displacement) => Some(self.code.stack_key(index, displacement)),
+            Place::Based(base, displacement) => match state.get(base) {
+                Value::Stack(key) => Some(key.wrapping_sub(displacement)),
+                _ => None,
+            },
+            Place::Absolute(_) | Place::Unknown => None,
+        }
     }
 
     fn step(&mut self, state: &mut State, index: usize, record: bool) {
@@ -348,11 +396,7 @@ impl<'a> Analysis<'a> {
         if !self.store(state, index, &instruction, record) {
             self.compute(state, index, instruction.op);
         }
-        let mut clobbers = instruction.clobbers;
-        while clobbers != 0 {
-            state.set(clobbers.trailing_zeros() as u8, Value::Unknown);
-            clobbers &= clobbers - 1;
-        }
+        state.clobber(instruction.clobbers);
         if matches!(instruction.flow, Flow::Call(_) | Flow::IndirectCall) {
             self.call(state, &instruction, callee);
         }
@@ -369,24 +413,13 @@ impl<'a> Analysis<'a> {
         let Op::Store { to, values, .. } = instruction.op else {
             return false;
         };
-        match to {
-            Place::Stack(_) => {}
-            Place::Based(base, 0) => {
-                if let (Value::Object(object), Value::Constant(code)) =
-                    (state.get(base), state.operand(values[0]))
-                {
-                    self.findings.object_code.entry(object).or_insert(code);
-                }
-            }
-            Place::Based(..) | Place::Absolute(_) | Place::Unknown => {}
-        }
-        if let Place::Based(base, displacement) = to
-            && let Value::Stack(key) = state.get(base)
+        if let Place::Based(base, 0) = to
+            && let (Value::Object(object), Value::Constant(code)) =
+                (state.get(base), state.operand(values[0]))
         {
-            let key = key.wrapping_sub(displacement);
-            state.put(key, 8, state.operand(values[0]));
+            self.findings.object_code.entry(object).or_insert(code);
         }
-        for (key, size, operand) in self.stores(index) {
+        for (key, size, operand) in self.stores(state, index) {
             let value = state.operand(operand);
             if self.is_bits(key, size) {
                 self.store_bits(state, index, value.bits(), record);
@@ -451,8 +484,16 @@ impl<'a> Analysis<'a> {
     fn load(&mut self, state: &mut State, index: usize, to: Register, from: Place, size: u8) {
         let fresh = Value::Defined(u32::try_from(index).unwrap_or(u32::MAX));
         let value = match from {
-            Place::Stack(displacement) => {
-                let key = self.code.stack_key(index, displacement);
+            Place::Based(base, displacement) if !matches!(state.get(base), Value::Stack(_)) => {
+                match state.get(base).plus(displacement) {
+                    Value::Constant(address) if size == 8 => self.word(VirtualAddress(address)),
+                    _ => Value::Unknown,
+                }
+            }
+            Place::Stack(_) | Place::Based(..) => {
+                let Some(key) = self.stack_cell(state, index, from) else {
+                    return state.set(to, Value::Unknown);
+                };
                 let value = state.cell(key);
                 if value == Value::Unknown && size == 8 {
                     // The next load of this cell yields the same.
@@ -460,11 +501,6 @@ impl<'a> Analysis<'a> {
                 }
                 value
             }
-            Place::Based(base, displacement) => match state.get(base).plus(displacement) {
-                Value::Stack(key) => state.cell(key),
-                Value::Constant(address) if size == 8 => self.word(VirtualAddress(address)),
-                _ => Value::Unknown,
-            },
             // A word of read-only data: a GOT entry, or the code pointer of a static closure.
             Place::Absolute(address) if size == 8 => self.word(address),
             Place::Absolute(_) | Place::Unknown => Value::Unknown,

@@ -90,7 +90,7 @@ fn side_effects(iced: &Iced, factory: &mut InstructionInfoFactory, instruction: 
             instruction.op = store(place(iced), Operand::Unknown, size.max(1));
         }
     }
-    let known = written(instruction.op);
+    let known = instruction.op.written();
     for used in info.used_registers() {
         if let Some(register) = general(used.register())
             && writes(used.access())
@@ -329,22 +329,6 @@ fn is_setcc(iced: &Iced) -> bool {
             | Setp
             | Sets
     )
-}
-
-/// The register that an operation writes by its own account.
-fn written(op: Op) -> Option<Register> {
-    match op {
-        Op::Set(to, _)
-        | Op::Copy(to, _)
-        | Op::StackAddress(to, _)
-        | Op::Add(to, ..)
-        | Op::And(to, ..)
-        | Op::Or(to, ..)
-        | Op::Select(to, ..)
-        | Op::Boolean(to)
-        | Op::Load { to, .. } => Some(to),
-        Op::Other | Op::Store { .. } => None,
-    }
 }
 
 #[cfg(test)]

@@ -47,14 +47,23 @@ fn relative(address: VirtualAddress, words: i64) -> VirtualAddress {
 
 fn translate(address: VirtualAddress, word: u32) -> Instruction {
     let mut i = Instruction::new(address);
-    if branch(&mut i, word) || memory(&mut i, word) {
-        return i;
+    if !branch(&mut i, word) && !memory(&mut i, word) {
+        compute(&mut i, word);
     }
+    // All but the last instruction of a restartable sequence write the temporary register.
+    if i.op.written() == Some(REGTMP) || i.clobbers & bit(REGTMP) != 0 {
+        i.probeable = false;
+    }
+    i
+}
+
+/// Everything that neither branches nor accesses memory.
+fn compute(i: &mut Instruction, word: u32) {
+    let address = i.address;
     let (rd, rn, rm) = (register(word, 0), register(word, 5), register(word, 16));
     let wide = word >> 31 == 1;
     if word & 0x1f00_0000 == 0x1000_0000 {
         i.kind = InstructionKind::Address;
-        i.probeable = rd != REGTMP;
         let pages = signed(word, 5, 19) << 2 | i64::from(word >> 29 & 3);
         let value = match wide {
             true => (address.0 & !0xfff).wrapping_add_signed(pages << 12),
@@ -62,7 +71,7 @@ fn translate(address: VirtualAddress, word: u32) -> Instruction {
         };
         i.op = Op::Set(rd, value);
     } else if word & 0x1f80_0000 == 0x1100_0000 {
-        add_immediate(&mut i, word);
+        add_immediate(i, word);
     } else if word & 0x1f80_0000 == 0x1200_0000 {
         let opcode = word >> 29 & 3;
         let mask = logical_immediate(word, wide).map_or(Operand::Unknown, Operand::Immediate);
@@ -117,10 +126,6 @@ fn translate(address: VirtualAddress, word: u32) -> Instruction {
     } else {
         i.clobbers = bit(rd) | bit(rn) | bit(register(word, 10));
     }
-    if i.op != Op::Other && matches!(i.op, Op::Set(REGTMP, _) | Op::Add(REGTMP, ..)) {
-        i.probeable = false;
-    }
-    i
 }
 
 /// Branches, exceptions; true if it was one.

@@ -128,6 +128,24 @@ impl Architecture {
     }
 }
 
+impl Op {
+    /// The general register that it writes by its own account.
+    pub fn written(self) -> Option<Register> {
+        match self {
+            Self::Set(to, _)
+            | Self::Copy(to, _)
+            | Self::StackAddress(to, _)
+            | Self::Add(to, ..)
+            | Self::And(to, ..)
+            | Self::Or(to, ..)
+            | Self::Select(to, ..)
+            | Self::Boolean(to)
+            | Self::Load { to, .. } => Some(to),
+            Self::Other | Self::Store { .. } => None,
+        }
+    }
+}
+
 impl Instruction {
     fn new(address: VirtualAddress) -> Self {
         Self {
