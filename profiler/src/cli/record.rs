@@ -4,7 +4,7 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use deferprof_symbols::{Binary, Inventory, Probe, Site};
+use deferprof_symbols::{Binary, Frame, Inventory, Probe, Site, VirtualAddress};
 use jiff::Timestamp;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -371,30 +371,48 @@ impl<'a> Plan<'a> {
             }),
             warnings,
         };
-        Profile::new(recording, |address| self.binary.frames(address))
+        Profile::new(recording, |address| match address {
+            // The byte before, as for every return address.
+            VirtualAddress(a) if a == TRUNCATED.0 - 1 => vec![truncated_frame()],
+            _ => self.binary.frames(address),
+        })
     }
 
     /// The stacks, as addresses as linked. The leaf of each is the probed instruction, whose linked
-    /// address is known: the difference is the load bias.
+    /// address is known: the difference is the load bias. Shown is the statement instead, since the
+    /// probed instruction may belong to a call that was inlined behind it.
     fn stacks_of(&self, counts: &Counts) -> Vec<RawStack> {
         counts
             .stacks
             .iter()
             .filter_map(|stack| {
                 let site = self.sites.get(stack.site as usize)?;
-                let bias = stack
-                    .frames
-                    .first()?
-                    .wrapping_sub(site.registration.address.0);
-                let linked =
-                    |address: &u64| deferprof_symbols::VirtualAddress(address.wrapping_sub(bias));
+                let (leaf, callers) = stack.frames.split_first()?;
+                let bias = leaf.wrapping_sub(site.registration.address.0);
+                let linked = |address: &u64| VirtualAddress(address.wrapping_sub(bias));
                 Some(RawStack {
                     site: stack.site as usize,
-                    addresses: stack.frames.iter().map(linked).collect(),
+                    addresses: [site.pc]
+                        .into_iter()
+                        .chain(callers.iter().map(linked))
+                        .chain(stack.truncated.then_some(TRUNCATED))
+                        .collect(),
                     registered: stack.registered,
                 })
             })
             .collect()
+    }
+}
+
+/// Stands for the callers of a stack that was deeper than the kernel side walks.
+const TRUNCATED: VirtualAddress = VirtualAddress(u64::MAX);
+
+fn truncated_frame() -> Frame {
+    Frame {
+        function: "[truncated]".to_owned(),
+        file: String::new(),
+        line: 0,
+        start_line: 0,
     }
 }
 
