@@ -2,7 +2,7 @@
 //! Arm Architecture Reference Manual (DDI 0487, chapter C4). What is not recognised clobbers every
 //! register that its fields could name.
 
-use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet};
+use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet, ZeroTest};
 use crate::VirtualAddress;
 use crate::plan::InstructionKind;
 
@@ -168,6 +168,13 @@ fn branch(i: &mut Instruction, word: u32) -> bool {
     };
     i.kind = kind;
     i.flow = flow;
+    // CBZ and CBNZ of a 64-bit register.
+    if word & 0xfe00_0000 == 0xb400_0000 {
+        i.zero_test = Some(ZeroTest {
+            register: Some(register(word, 0)),
+            taken_if_zero: word >> 24 & 1 == 0,
+        });
+    }
     true
 }
 

@@ -28,6 +28,19 @@ pub(crate) struct Instruction {
     /// Registers that it overwrites with something unknown, besides what `op` says.
     pub clobbers: RegisterSet,
     pub faults: Faults,
+    /// The register whose being zero sets the zero flag, where it tests just that.
+    pub tests: Option<Register>,
+    /// For a conditional branch that asks whether something is zero.
+    pub zero_test: Option<ZeroTest>,
+}
+
+/// What a conditional branch on zero asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ZeroTest {
+    /// The register; `None` if it asks the flags.
+    pub register: Option<Register>,
+    /// Whether it branches if it is zero, or if it is not.
+    pub taken_if_zero: bool,
 }
 
 /// Where control goes next.
@@ -156,6 +169,8 @@ impl Instruction {
             op: Op::Other,
             clobbers: 0,
             faults: Faults::Never,
+            tests: None,
+            zero_test: None,
         }
     }
 }
