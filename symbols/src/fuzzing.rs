@@ -66,7 +66,10 @@ fn structures(bytes: &[u8]) -> Vec<(usize, usize)> {
     let table = &module.table;
     // Small structures stand several times, to be hit as often as all the code.
     for _ in 0..8 {
-        add(VirtualAddress(image.segments.first().map_or(0, |s| s.address.0)), 512);
+        add(
+            VirtualAddress(image.segments.first().map_or(0, |s| s.address.0)),
+            512,
+        );
         add(table.address, 128);
         add(table.address, 4096);
         add(module.address, 360);

@@ -251,7 +251,13 @@ fn memory(i: &mut Instruction, word: u32) -> bool {
     let size = 1u8 << (word >> 30);
     if word & 0x3b00_0000 == 0x3900_0000 {
         // Unsigned scaled offset.
-        let displacement = i64::from(word >> 10 & 0xfff) * i64::from(size);
+        // A 16-byte vector register has size 0 and the upper bit of the opcode set.
+        let scale = if vector && word >> 23 & 1 == 1 {
+            16
+        } else {
+            size
+        };
+        let displacement = i64::from(word >> 10 & 0xfff) * i64::from(scale);
         i.faults = through;
         single(i, word, vector, place(rn, displacement), size, rt);
     } else if word & 0x3b20_0000 == 0x3800_0000 {

@@ -5,6 +5,8 @@
 
 mod amd64;
 mod arm64;
+#[cfg(test)]
+mod objdump;
 
 use crate::plan::InstructionKind;
 use crate::{Architecture, VirtualAddress};
