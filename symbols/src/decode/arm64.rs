@@ -2,7 +2,7 @@
 //! Arm Architecture Reference Manual (DDI 0487, chapter C4). What is not recognised clobbers every
 //! register that its fields could name.
 
-use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet};
+use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet, ZeroTest};
 use crate::VirtualAddress;
 use crate::plan::InstructionKind;
 
@@ -168,6 +168,13 @@ fn branch(i: &mut Instruction, word: u32) -> bool {
     };
     i.kind = kind;
     i.flow = flow;
+    // CBZ and CBNZ of a 64-bit register.
+    if word & 0xfe00_0000 == 0xb400_0000 {
+        i.zero_test = Some(ZeroTest {
+            register: Some(register(word, 0)),
+            taken_if_zero: word >> 24 & 1 == 0,
+        });
+    }
     true
 }
 
@@ -244,7 +251,13 @@ fn memory(i: &mut Instruction, word: u32) -> bool {
     let size = 1u8 << (word >> 30);
     if word & 0x3b00_0000 == 0x3900_0000 {
         // Unsigned scaled offset.
-        let displacement = i64::from(word >> 10 & 0xfff) * i64::from(size);
+        // A 16-byte vector register has size 0 and the upper bit of the opcode set.
+        let scale = if vector && word >> 23 & 1 == 1 {
+            16
+        } else {
+            size
+        };
+        let displacement = i64::from(word >> 10 & 0xfff) * i64::from(scale);
         i.faults = through;
         single(i, word, vector, place(rn, displacement), size, rt);
     } else if word & 0x3b20_0000 == 0x3800_0000 {

@@ -5,6 +5,8 @@
 
 mod amd64;
 mod arm64;
+#[cfg(test)]
+mod objdump;
 
 use crate::plan::InstructionKind;
 use crate::{Architecture, VirtualAddress};
@@ -28,6 +30,19 @@ pub(crate) struct Instruction {
     /// Registers that it overwrites with something unknown, besides what `op` says.
     pub clobbers: RegisterSet,
     pub faults: Faults,
+    /// The register whose being zero sets the zero flag, where it tests just that.
+    pub tests: Option<Register>,
+    /// For a conditional branch that asks whether something is zero.
+    pub zero_test: Option<ZeroTest>,
+}
+
+/// What a conditional branch on zero asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ZeroTest {
+    /// The register; `None` if it asks the flags.
+    pub register: Option<Register>,
+    /// Whether it branches if it is zero, or if it is not.
+    pub taken_if_zero: bool,
 }
 
 /// Where control goes next.
@@ -156,6 +171,8 @@ impl Instruction {
             op: Op::Other,
             clobbers: 0,
             faults: Faults::Never,
+            tests: None,
+            zero_test: None,
         }
     }
 }
