@@ -38,6 +38,7 @@ mod plan;
 mod reason;
 mod release;
 mod sites;
+mod state;
 mod value;
 
 pub use address::{FileOffset, VirtualAddress};
