@@ -11,6 +11,8 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod pool;
+
 use aya_ebpf::{
     EbpfContext as _, Global,
     bindings::{BPF_NOEXIST, bpf_pidns_info},
@@ -19,13 +21,15 @@ use aya_ebpf::{
         bpf_probe_read_user,
     },
     macros::{map, uprobe},
-    maps::{HashMap, PerCpuArray, PerCpuHashMap},
+    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap},
     programs::ProbeContext,
 };
 use deferprof_ebpf_common::{
     Event, MAX_FRAMES, SCRATCH_SLOTS, Scratch, Stack, StackHash, StackKey,
 };
 
+#[map]
+static COUNTING: Array<u64> = Array::with_max_entries(1, 0);
 // The sizes of these maps are set when they are loaded.
 #[map]
 static REGISTERED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
@@ -74,11 +78,10 @@ fn count_stacks(ctx: ProbeContext) -> u32 {
 /// Counts the hit for its site and returns that, if it is the target's and the site exists.
 #[inline(always)]
 fn registered(ctx: &ProbeContext) -> Option<u32> {
-    if current_tgid() != TGID.load() {
-        happened(Event::Foreign);
+    if !is_counting() {
         return None;
     }
-    // The high half is the role of the probe: none but `Role::Registered`, 0, so far.
+    // The high half is the role of the probe: none but `Role::Registered`, 0, runs this program.
     // SAFETY: the context is the one this program was called with.
     let cookie = unsafe { bpf_get_attach_cookie(ctx.as_ptr()) };
     if cookie >> 32 == 0
@@ -89,6 +92,16 @@ fn registered(ctx: &ProbeContext) -> Option<u32> {
     }
     happened(Event::BadCookie);
     None
+}
+
+/// Whether hits of the current thread count now.
+#[inline(always)]
+fn is_counting() -> bool {
+    if current_tgid() != TGID.load() {
+        happened(Event::Foreign);
+        return false;
+    }
+    COUNTING.get(0).is_some_and(|counting| *counting != 0)
 }
 
 /// The thread group of the current thread, in the pid namespace in which `TGID` counts; 0 outside.

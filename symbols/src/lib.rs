@@ -34,6 +34,7 @@ mod placement;
 mod plan;
 mod reason;
 mod release;
+mod runtime_probes;
 mod sites;
 mod value;
 
@@ -42,3 +43,4 @@ pub use binary::{Binary, Frame};
 pub use error::{Error, Result};
 pub use inventory::{Architecture, BinaryInfo, Exit, Inventory, Mechanism, Reason, Site, SiteId};
 pub use plan::{Basis, InstructionKind, Probe, ProbePoint};
+pub use runtime_probes::{Caller, LocalPool, PoolEvent, PoolProbe, PoolProbes, PoolUnavailable};

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use super::args::{AttachArgs, RecordArgs, RunArgs};
 use super::error::UsageError;
 use super::output::Outputs;
+use super::pool::{self, PoolPlan};
 use super::progress::Progress;
 use crate::engine::{
     Calibration, Counts, DEFAULT_STACKS, LinkChoice, LinkKind, Request, Session, calibrate,
@@ -161,6 +162,7 @@ struct Plan<'a> {
     binary: &'a Binary<'a>,
     sites: Vec<Site>,
     probes: Vec<Probe>,
+    pool: PoolPlan,
     warnings: Vec<String>,
     stacks: bool,
     link: LinkChoice,
@@ -226,7 +228,9 @@ impl<'a> Plan<'a> {
     ) -> anyhow::Result<Self> {
         let start = Instant::now();
         let Inventory {
-            sites, warnings, ..
+            sites,
+            mut warnings,
+            ..
         } = binary.inventory()?;
         progress.detail(&format!(
             "found {} sites in {:.1?}",
@@ -253,6 +257,8 @@ impl<'a> Plan<'a> {
             };
             return Err(UsageError(message).into());
         }
+        let (pool, without) = PoolPlan::new(binary, &sites);
+        warnings.extend(without);
         for warning in &warnings {
             progress.say(&format!("warning: {warning}"));
         }
@@ -268,6 +274,7 @@ impl<'a> Plan<'a> {
             binary,
             sites,
             probes,
+            pool,
             warnings,
             stacks,
             link,
@@ -298,15 +305,16 @@ impl<'a> Plan<'a> {
         progress: &mut Progress,
     ) -> anyhow::Result<Armed> {
         let start = Instant::now();
-        let session = Session::attach(&Request {
+        let request = Request {
             executable: executable.as_fd(),
             pid,
             probes: &self.probes,
             sites: u32::try_from(self.sites.len()).unwrap_or(u32::MAX),
             stacks: self.stacks(),
             link: self.link,
-        })?;
-        let probes = self.probes.len();
+        };
+        let session = Session::attach_with_pool(&request, self.pool.request().as_ref())?;
+        let probes = self.probes.len() + self.pool.probes();
         progress.detail(&format!(
             "attached {probes} probes in {:.1} ms ({})",
             start.elapsed().as_secs_f64() * 1e3,
@@ -329,6 +337,7 @@ impl<'a> Plan<'a> {
         } = measured;
         let mut warnings = self.warnings.clone();
         warnings.extend(losses(&counts));
+        warnings.extend(pool::doubts(&counts));
         let stacks = self.stacks.then(|| self.stacks_of(&counts));
         // Hits of other processes are paid for by them.
         let cost: f64 = self
@@ -343,7 +352,10 @@ impl<'a> Plan<'a> {
                 each * *registered as f64
             })
             .sum();
-        let counted: u64 = counts.registered.iter().sum();
+        let registered: u64 = counts.registered.iter().sum();
+        // The rest are on the runtime's rare paths, which are emulated as well.
+        let rare = counts.hits.saturating_sub(registered);
+        let cost = cost + calibration.emulated_ns * rare as f64;
         let recording = Recording {
             target: target(self.binary),
             engine: profile::Engine::Ebpf,
@@ -356,13 +368,18 @@ impl<'a> Plan<'a> {
                 .sites
                 .iter()
                 .zip(&counts.registered)
-                .map(|(site, registered)| SiteCount::new(site, Some(*registered)))
+                .enumerate()
+                .map(|(index, (site, registered))| SiteCount {
+                    pool: pool::of_site(&counts, index, site),
+                    ..SiteCount::new(site, Some(*registered))
+                })
                 .collect(),
+            runtime: pool::of_process(&counts),
             stacks,
             overhead: Some(profile::Overhead {
                 probes: probes as u64,
                 hits: counts.hits,
-                ns_per_hit: (counted > 0).then(|| cost / counted as f64),
+                ns_per_hit: (counts.hits > 0).then(|| cost / counts.hits as f64),
                 target_share: (window.observed_ns > 0).then(|| cost / window.observed_ns as f64),
             }),
             loss: Some(profile::Loss {

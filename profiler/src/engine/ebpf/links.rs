@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
+use deferprof_ebpf_common::Role;
 use deferprof_symbols::Probe;
 use nix::{libc, unistd::Pid};
 
@@ -31,10 +32,13 @@ impl Links {
         path: &CStr,
         probes: &[Probe],
         pid: Pid,
+        role: Role,
     ) -> Result<Self, EngineError> {
         match kind {
-            LinkKind::UprobeMulti => multi::attach(program, path, probes, pid).map(Self::Multi),
-            LinkKind::PerfEvent => perf::attach(program, path, probes, pid).map(Self::Perf),
+            LinkKind::UprobeMulti => {
+                multi::attach(program, path, probes, pid, role).map(Self::Multi)
+            }
+            LinkKind::PerfEvent => perf::attach(program, path, probes, pid, role).map(Self::Perf),
         }
     }
 }

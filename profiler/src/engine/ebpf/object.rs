@@ -12,9 +12,12 @@ use std::{
 };
 
 use aya_obj::{EbpfSectionKind, Object, generated::bpf_map_type};
-use deferprof_ebpf_common::name;
+use deferprof_ebpf_common::{name, pool::PoolOutcome};
 
-use super::sys::{self, Map, MapSpec};
+use super::{
+    pool,
+    sys::{self, Map, MapSpec},
+};
 use crate::engine::{
     EngineError,
     error::Capability::{self, Bpf, Perfmon},
@@ -55,13 +58,17 @@ pub(super) struct Options {
     pub(super) stacks: Option<u32>,
     /// For a uprobe_multi link, or for perf events.
     pub(super) multi: bool,
+    /// Also load the program on the runtime's rare paths.
+    pub(super) pool: Option<pool::Sizes>,
 }
 
-/// The maps by name, and the program that uses them.
+/// The maps by name, and the programs that use them.
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub(super) maps: HashMap<&'static str, Map>,
     pub(super) program: OwnedFd,
+    /// The one on the runtime's rare paths, if it was wanted.
+    pub(super) pool: Option<OwnedFd>,
 }
 
 /// Makes the maps and loads the program.
@@ -102,26 +109,33 @@ fn load_from(
     set_variables(&mut object, options, preemptible)
         .map_err(|error| unusable(error.to_string()))?;
 
-    // Only the one program that is wanted, so that only its maps are needed.
-    let wanted = if options.stacks.is_some() {
+    // Only the programs that are wanted, so that only their maps are needed.
+    let count = if options.stacks.is_some() {
         name::COUNT_STACKS
     } else {
         name::COUNT
     };
-    object.programs.retain(|name, _| name == wanted);
-    let Some(key) = object
+    let wanted: Vec<_> = std::iter::once(count)
+        .chain(options.pool.map(|_| name::POOL_PROGRAM))
+        .collect();
+    object
         .programs
-        .get(wanted)
-        .map(|program| program.function_key())
-    else {
-        return Err(unusable(format!("it has no program `{wanted}`")));
-    };
+        .retain(|name, _| wanted.contains(&name.as_str()));
+    let mut keys = Vec::new();
+    for wanted in &wanted {
+        let Some(program) = object.programs.get(*wanted) else {
+            return Err(unusable(format!("it has no program `{wanted}`")));
+        };
+        keys.push(program.function_key());
+    }
     let text_sections = object
         .functions
         .keys()
         .map(|(section, _)| *section)
         .collect();
-    object.functions.retain(|function, _| *function == key);
+    object
+        .functions
+        .retain(|function, _| keys.contains(function));
 
     let maps = create_maps(&object, options, &unusable)?;
     let relocations: Vec<_> = maps
@@ -141,16 +155,26 @@ fn load_from(
         .and_then(|()| object.relocate_calls(&text_sections))
         .map_err(|error| unusable(format!("{error}: {:?}", std::error::Error::source(&error))))?;
 
-    let function = &object.functions[&key];
-    let license = &object.license;
-    let program = sys::load_program(
-        &format!("defer_{wanted}"),
-        &function.instructions,
-        license,
-        options.multi,
-    )
-    .map_err(|(error, log)| program_error(wanted, error, &log))?;
-    Ok(Loaded { maps, program })
+    let mut programs = Vec::new();
+    for (wanted, key) in wanted.iter().zip(&keys) {
+        let program = sys::load_program(
+            &format!("defer_{wanted}"),
+            &object.functions[key].instructions,
+            &object.license,
+            options.multi,
+        );
+        programs.push(program.map_err(|(error, log)| program_error(wanted, error, &log))?);
+    }
+    let mut programs = programs.into_iter();
+    let Some(program) = programs.next() else {
+        return Err(unusable("it has no program".into()));
+    };
+    let pool = programs.next();
+    Ok(Loaded {
+        maps,
+        program,
+        pool,
+    })
 }
 
 /// Sets the read-only variables of the programs.
@@ -193,6 +217,7 @@ fn create_maps(
     let sites = options.sites.max(1);
     let mut sizes = vec![
         (RODATA, None),
+        (name::COUNTING, None),
         (name::REGISTERED, Some(sites)),
         (name::EVENTS, None),
     ];
@@ -202,6 +227,14 @@ fn create_maps(
             (name::STACK_COUNTS, Some(stacks)),
             (name::STACKS_LOST, Some(sites)),
             (name::SCRATCH, None),
+        ]);
+    }
+    if let Some(pool) = options.pool {
+        sizes.extend([
+            (name::POOL_POINTS, Some(pool.points)),
+            (name::POOL_SITES, Some(pool.returns)),
+            (name::POOL, Some(sites.saturating_mul(PoolOutcome::COUNT))),
+            (name::POOL_TOTALS, None),
         ]);
     }
     let cpus = possible_cpus()?;
