@@ -49,7 +49,7 @@ fn outcomes(profile: &Value) -> BTreeMap<(String, u64), [u64; 3]> {
     outcomes
 }
 
-fn compare(release: &str, link: &str, fixtures: &[&str]) {
+fn compare(release: &str, link: &str, buildmode: &str, fixtures: &[&str]) {
     if !uprobes_work() {
         return;
     }
@@ -57,9 +57,9 @@ fn compare(release: &str, link: &str, fixtures: &[&str]) {
         return;
     };
     for fixture in fixtures {
-        let what = format!("{fixture} go{release} {link}");
+        let what = format!("{fixture} go{release} {link} {buildmode}");
         let fixture = Fixture::find(fixture).unwrap();
-        let build = fixture.build(&toolchain, &Build::default().counted());
+        let build = fixture.build(&toolchain, &Build::default().counted().buildmode(buildmode));
         let Some(binary) = or_skip(&what, build) else {
             continue;
         };
@@ -104,23 +104,24 @@ const FIXTURES: &[&str] = &[
     "panics",
     "goexit",
     "recursion",
-    "heapbench",
 ];
 
 macro_rules! matrix {
-    ($($test:ident: $release:literal $link:literal $fixtures:expr;)*) => {
-        $(#[test] fn $test() { compare($release, $link, $fixtures); })*
+    ($($test:ident: $release:literal $link:literal $mode:literal $fixtures:expr;)*) => {
+        $(#[test] fn $test() { compare($release, $link, $mode, $fixtures); })*
     };
 }
 
 matrix! {
-    multi_1_19: "1.19" "multi" FIXTURES;
-    multi_1_21: "1.21" "multi" FIXTURES;
-    multi_1_22: "1.22" "multi" &["storm", "panics"];
-    multi_1_23: "1.23" "multi" FIXTURES;
-    multi_1_24: "1.24" "multi" &["storm", "rangefunc"];
-    multi_1_25: "1.25" "multi" FIXTURES;
-    multi_1_26: "1.26" "multi" &["storm", "rangefunc"];
-    multi_1_27: "1.27" "multi" FIXTURES;
-    perf_1_27: "1.27" "perf" &["storm", "rangefunc"];
+    multi_1_19: "1.19" "multi" "exe" &["storm"];
+    multi_1_21: "1.21" "multi" "exe" FIXTURES;
+    multi_1_22: "1.22" "multi" "exe" &["storm"];
+    multi_1_23: "1.23" "multi" "exe" FIXTURES;
+    multi_1_24: "1.24" "multi" "exe" &["rangefunc"];
+    multi_1_25: "1.25" "multi" "exe" FIXTURES;
+    multi_1_26: "1.26" "multi" "exe" &["storm"];
+    multi_1_27: "1.27" "multi" "exe" FIXTURES;
+    multi_pie_1_21: "1.21" "multi" "pie" &["storm"];
+    multi_pie_1_27: "1.27" "multi" "pie" &["storm", "rangefunc"];
+    perf_1_27: "1.27" "perf" "exe" &["storm", "rangefunc"];
 }

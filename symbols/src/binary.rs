@@ -9,7 +9,7 @@ use crate::release::{KNOWN, Layout, Release};
 use crate::sites::Search;
 use crate::{
     Architecture, BinaryInfo, FileOffset, Inventory, Mechanism, PoolProbes, PoolUnavailable,
-    Reason, Result, VirtualAddress, pclntab, reason, runtime_probes,
+    Result, VirtualAddress, pclntab, reason, runtime_probes,
 };
 
 /// A Go executable whose headers, release and function table have been found.
@@ -67,11 +67,12 @@ impl<'data> Binary<'data> {
     /// # Errors
     /// None at present: what could not be followed is in [`Inventory::warnings`].
     pub fn inventory(&self) -> Result<Inventory> {
+        let optimizations_off = reason::optimizations_off(&self.build);
         let search = Search {
             image: &self.image,
             module: &self.module,
             release: self.release,
-            build: &self.build,
+            optimizations_off,
         };
         let (sites, mut warnings) = search.run();
         if self.release.is_newer_than_known() {
@@ -83,15 +84,10 @@ impl<'data> Binary<'data> {
                 ),
             );
         }
-        let unoptimized = reason::optimizations_off(&self.build)
+        let unoptimized = optimizations_off
             && !sites
                 .iter()
                 .any(|s| s.mechanism == Mechanism::OpenCoded && s.function.starts_with("main."));
-        debug_assert!(
-            sites
-                .iter()
-                .all(|s| s.reason != Some(Reason::OldRelease) || self.release.minor < 14)
-        );
         let binary = BinaryInfo {
             go_version: self.build.version.clone(),
             architecture: self.image.architecture,
@@ -113,6 +109,11 @@ impl<'data> Binary<'data> {
     /// Why this binary's runtime does not tell.
     pub fn pool_probes(&self) -> std::result::Result<PoolProbes, PoolUnavailable> {
         runtime_probes::pool(&self.image, &self.module, self.release)
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn parts(&self) -> (&Image<'data>, &Module<'data>) {
+        (&self.image, &self.module)
     }
 
     /// The Go release as the build info names it.

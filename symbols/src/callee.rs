@@ -1,9 +1,7 @@
 //! The name of a deferred function, as far as the code shows it.
 
 use crate::VirtualAddress;
-use crate::calls::Callees;
-use crate::code::Code;
-use crate::decode::Flow;
+use crate::decode::{self, Flow};
 use crate::elf::Image;
 use crate::flow::{Closure, Findings};
 use crate::module::Module;
@@ -13,7 +11,6 @@ use crate::pclntab::Func;
 pub(crate) struct Namer<'a, 'data> {
     pub image: &'a Image<'data>,
     pub module: &'a Module<'data>,
-    pub callees: &'a Callees<'a, 'data>,
 }
 
 impl Namer<'_, '_> {
@@ -45,13 +42,15 @@ impl Namer<'_, '_> {
 
     /// What a wrapper calls: the first call that the compiler inlined into it, or the first CALL.
     fn wrapped(&self, func: Func) -> Option<String> {
-        let code = Code::decode(self.image, self.module, self.callees, func)?;
-        let tree = self.module.inline_tree(self.image, func);
+        /// A wrapper loads what it captured and calls.
+        const LONGEST: u64 = 4096;
         let table = &self.module.table;
-        for instruction in &code.instructions {
-            let outermost = table.inlined(func, instruction.address, tree).pop();
-            if let Some((name, _)) = outermost {
-                return Some(text(name));
+        let len = func.end.offset_from(func.entry)?.min(LONGEST);
+        let bytes = self.image.read(func.entry, len)?;
+        let inlined = table.first_inlined(func);
+        for instruction in decode::function(self.image.architecture, func.entry, bytes) {
+            if inlined.is_some_and(|start| start <= instruction.address) {
+                break;
             }
             match instruction.flow {
                 Flow::Call(target) => {
@@ -68,7 +67,9 @@ impl Namer<'_, '_> {
                 _ => {}
             }
         }
-        None
+        let tree = self.module.inline_tree(self.image, func);
+        let (name, _) = table.inlined(func, inlined?, tree).pop()?;
+        Some(text(name))
     }
 }
 

@@ -1,11 +1,9 @@
 //! What is known of a function that gets called, by its name: the runtime functions that register
 //! defers, those that never come back, and those that always do.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 
-use crate::elf::Image;
-use crate::module::Module;
+use crate::pclntab::Func;
 use crate::{Mechanism, VirtualAddress};
 
 /// What a call of a function means for the analysis.
@@ -32,44 +30,41 @@ pub(crate) enum Callee {
     Other,
 }
 
-/// Resolves call targets, remembering what it found.
-pub(crate) struct Callees<'a, 'data> {
-    image: &'a Image<'data>,
-    module: &'a Module<'data>,
-    known: RefCell<HashMap<u64, Callee>>,
+/// The functions that mean something, by entry.
+#[derive(Debug, Default)]
+pub(crate) struct Callees {
+    known: HashMap<u64, Callee>,
+    /// Duff's devices, which are entered in the middle.
+    devices: Vec<(u64, u64)>,
 }
 
-impl<'a, 'data> Callees<'a, 'data> {
-    pub fn new(image: &'a Image<'data>, module: &'a Module<'data>) -> Self {
-        Self {
-            image,
-            module,
-            known: RefCell::default(),
+impl Callees {
+    /// Notes `func` if calls of it mean something.
+    pub fn note(&mut self, func: Func, name: &[u8]) {
+        match classify(name) {
+            Callee::Other => {}
+            Callee::Duff => self.devices.push((func.entry.0, func.end.0)),
+            callee => {
+                self.known.insert(func.entry.0, callee);
+            }
         }
     }
 
     pub fn resolve(&self, target: VirtualAddress) -> Callee {
-        if let Some(callee) = self.known.borrow().get(&target.0) {
+        if let Some(callee) = self.known.get(&target.0) {
             return *callee;
         }
-        let table = &self.module.table;
-        let callee = table
-            .find(self.image, target)
-            .and_then(|func| {
-                let callee = classify(table.name(func)?);
-                // Only Duff's devices are entered in the middle.
-                (func.entry == target || callee == Callee::Duff).then_some(callee)
-            })
-            .unwrap_or(Callee::Other);
-        self.known.borrow_mut().insert(target.0, callee);
-        callee
+        let inside = |(start, end): &(u64, u64)| (*start..*end).contains(&target.0);
+        if self.devices.iter().any(inside) {
+            Callee::Duff
+        } else {
+            Callee::Other
+        }
     }
 }
 
+/// By a function's name in package runtime.
 fn classify(name: &[u8]) -> Callee {
-    let Some(name) = name.strip_prefix(b"runtime.") else {
-        return Callee::Other;
-    };
     let starts = |prefixes: &[&[u8]]| prefixes.iter().any(|p| name.starts_with(p));
     match name {
         b"deferproc" => Callee::Registers(Mechanism::Heap),

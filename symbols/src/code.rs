@@ -20,25 +20,25 @@ pub(crate) struct Code {
 }
 
 /// A basic block: entered only at its first instruction, left only at its last (or by a panic).
+/// An empty one stands for what a jump table may lead to.
 #[derive(Clone, Debug)]
 pub(crate) struct Block {
     pub range: Range<usize>,
     /// Blocks that control may go to next.
     pub next: Vec<usize>,
-    /// Whether any instruction is known to lead here. The targets of jump tables are not.
-    entered: bool,
+    /// Blocks that control may come from.
+    pub previous: Vec<usize>,
 }
 
-/// Longer functions than any compiler output seen (the largest, a generated table initialiser, has
-/// 4 MiB): past it a size is damage.
-const LONGEST: u64 = 16 << 20;
+/// Functions with defers are far shorter (the longest seen has 60 KB): past it a size is damage.
+const LONGEST: u64 = 1 << 20;
 
 impl Code {
     /// Decodes `func`; `None` if its bytes are not in the file.
     pub fn decode(
         image: &Image<'_>,
         module: &Module<'_>,
-        callees: &Callees<'_, '_>,
+        callees: &Callees,
         func: Func,
     ) -> Option<Self> {
         let len = func
@@ -134,7 +134,7 @@ fn blocks(instructions: &[Instruction], callees: &[Callee]) -> Vec<Block> {
         .map(|(start, end)| Block {
             range: *start..end,
             next: Vec::new(),
-            entered: *start == 0,
+            previous: Vec::new(),
         })
         .collect();
     let mut tables = Vec::new();
@@ -160,21 +160,35 @@ fn blocks(instructions: &[Instruction], callees: &[Callee]) -> Vec<Block> {
         next.retain(|target| *target != 0);
         for target in &next {
             if let Some(block) = blocks.get_mut(*target) {
-                block.entered = true;
+                block.previous.push(at);
             }
         }
         if let Some(block) = blocks.get_mut(at) {
             block.next = next;
         }
     }
-    // A jump table may lead to every block that nothing else leads to.
-    let targets: Vec<usize> = (0..blocks.len())
-        .filter(|i| blocks.get(*i).is_some_and(|b| !b.entered))
-        .collect();
-    for table in tables {
-        if let Some(block) = blocks.get_mut(table) {
-            block.next.extend(&targets);
+    // A jump table may lead to every block that nothing else leads to: by way of an empty block, lest
+    // the edges be as many as tables times targets.
+    if !tables.is_empty() {
+        let targets: Vec<usize> = (1..blocks.len())
+            .filter(|i| blocks.get(*i).is_some_and(|b| b.previous.is_empty()))
+            .collect();
+        let crossing = blocks.len();
+        for table in &tables {
+            if let Some(block) = blocks.get_mut(*table) {
+                block.next.push(crossing);
+            }
         }
+        for target in &targets {
+            if let Some(block) = blocks.get_mut(*target) {
+                block.previous.push(crossing);
+            }
+        }
+        blocks.push(Block {
+            range: instructions.len()..instructions.len(),
+            next: targets,
+            previous: tables,
+        });
     }
     blocks
 }

@@ -62,6 +62,12 @@ impl<'data> Image<'data> {
         for program in programs {
             match program.p_type(LE) {
                 elf::PT_LOAD => {
+                    /// Linkers make up to a dozen.
+                    const MOST_SEGMENTS: usize = 64;
+                    if segments.len() == MOST_SEGMENTS {
+                        let problem = format!("it has more than {MOST_SEGMENTS} segments");
+                        return Err(Error::DamagedElf(problem));
+                    }
                     let (offset, size) = program.file_range(LE);
                     if size == 0 {
                         continue;
@@ -103,6 +109,31 @@ impl<'data> Image<'data> {
         Ok(image)
     }
 
+    /// An image of one readable segment.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn of_bytes(
+        architecture: Architecture,
+        address: VirtualAddress,
+        data: &'data [u8],
+    ) -> Self {
+        Self {
+            architecture,
+            pie: false,
+            stripped: true,
+            build_id: None,
+            segments: vec![Segment {
+                address,
+                offset: FileOffset(0),
+                data,
+                executable: false,
+                writable: false,
+            }],
+            sections: Vec::new(),
+            dynamic: None,
+            relative: OnceLock::new(),
+        }
+    }
+
     /// Section headers are a convenience: damaged or missing ones leave the list short.
     fn read_sections(&mut self, header: &Header, bytes: &'data [u8]) {
         let Ok(table) = header.sections(LE, bytes) else {
@@ -119,7 +150,13 @@ impl<'data> Image<'data> {
             if name == b".note.go.buildid" {
                 self.build_id = note_description(data);
             }
-            if section.sh_flags(LE) & u64::from(elf::SHF_ALLOC) != 0 && !data.is_empty() {
+            /// The wanted ones are fewer.
+            const MOST_SECTIONS: usize = 32;
+            if section.sh_flags(LE) & u64::from(elf::SHF_ALLOC) != 0
+                && !data.is_empty()
+                && is_wanted(name)
+                && self.sections.len() < MOST_SECTIONS
+            {
                 let address = VirtualAddress(section.sh_addr(LE));
                 self.sections.push(Section {
                     name,
@@ -213,7 +250,8 @@ impl<'data> Image<'data> {
         };
         let entries = self.bytes_from(self.dynamic?)?;
         let mut tags = std::collections::HashMap::new();
-        for at in (0..entries.len() as u64).step_by(16) {
+        // There are about thirty kinds of entry.
+        for at in (0..entries.len() as u64).step_by(16).take(512) {
             let (tag, value) = (entries.u64(at)?, entries.u64(at + 8)?);
             if tag == 0 {
                 break;
@@ -250,10 +288,13 @@ impl<'data> Image<'data> {
     /// is in place. (Generic ABI, `SHT_RELR`.)
     fn read_relr(&self, table: Bytes<'data>, relative: &mut Vec<(u64, u64)>) {
         let mut next = 0u64;
+        // More places than words to relocate are damage.
+        let words: usize = self.segments.iter().map(|s| s.data.len() / 8).sum();
         let mut push = |place: u64| {
-            if let Some(addend) = self
-                .bytes_from(VirtualAddress(place))
-                .and_then(|b| b.u64(0))
+            if relative.len() < words
+                && let Some(addend) = self
+                    .bytes_from(VirtualAddress(place))
+                    .and_then(|b| b.u64(0))
             {
                 relative.push((place, addend));
             }
@@ -300,6 +341,18 @@ fn check_identity(bytes: &[u8]) -> Result<Architecture> {
         elf::EM_LOONGARCH => Err(Error::WrongMachine("LoongArch".into())),
         other => Err(Error::WrongMachine(format!("ELF machine {other}"))),
     }
+}
+
+/// Whether the analysis asks for sections of this name.
+fn is_wanted(name: &[u8]) -> bool {
+    let prefixes: [&[u8]; 5] = [
+        b".gopclntab",
+        b".data.rel.ro",
+        b".got",
+        b".go.",
+        b".noptrdata",
+    ];
+    prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// The description of the first note in a note section.

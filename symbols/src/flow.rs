@@ -1,16 +1,19 @@
 //! Abstract interpretation of one function: which closures go into which slots, which `deferBits`
 //! stores set and which clear, and where a block can be left by a panic.
 //!
-//! The lattice is small (see [`Value`]), so a worklist over basic blocks ends quickly; a second
-//! pass over the settled states records what happens at each instruction.
+//! The lattice is small (see [`Value`]), so a worklist over basic blocks ends quickly. What happens
+//! at each instruction is recorded on the way; a block that is visited again, knowing less, records
+//! afresh, so that the last visit is the one that counts.
 
 use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
 use crate::calls::Callee;
-use crate::code::Code;
-use crate::decode::{Conventions, Faults, Flow, Instruction, Op, Operand, Place, Register};
+use crate::code::{Block, Code};
+use crate::decode::{
+    Conventions, Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet,
+};
 use crate::elf::Image;
 use crate::module::OpenDefers;
 use crate::value::{Bits, Value};
@@ -20,17 +23,15 @@ use crate::{Mechanism, VirtualAddress};
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
     /// Every store of a closure into a slot, in address order.
-    pub slot_stores: Vec<SlotStore>,
-    /// Every store that clears a bit at an exit: `(index, bit)`, in address order.
-    pub exit_stores: Vec<(usize, u8)>,
+    pub slot_stores: BTreeMap<usize, SlotStore>,
+    /// Every store that clears a bit at an exit, with the bit, in address order.
+    pub exit_stores: BTreeMap<usize, u8>,
     /// The closure that each registering call is given.
     pub closures: HashMap<usize, Closure>,
     /// The code pointer stored first into each new object, by the address of its `newobject` call.
     pub object_code: HashMap<u64, u64>,
     /// Per instruction: whether a panic may start in it, so that the next is not reached.
     pub diverts: Vec<bool>,
-    /// Instructions that no path reached.
-    pub reached: Vec<bool>,
     /// False if the states had not settled within the bound.
     pub settled: bool,
 }
@@ -38,7 +39,6 @@ pub(crate) struct Findings {
 /// One store of a closure into a slot: one open-coded defer statement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SlotStore {
-    pub index: usize,
     pub bit: u8,
     pub closure: Closure,
 }
@@ -61,7 +61,8 @@ struct State {
     registers: [Value; REGISTERS],
     /// What stack cells hold, by key; absent is unknown.
     cells: Vec<Cell>,
-    /// The definitions ([`Value::Defined`]) through which memory was accessed: not nil. Sorted.
+    /// The definitions ([`Value::Defined`]) through which memory was accessed, or that were compared
+    /// with nil: they are not nil. Sorted.
     dereferenced: Vec<u32>,
     /// The bits of the defers that are registered and have not run.
     active: Bits,
@@ -77,6 +78,9 @@ struct Cell {
 
 /// General registers of the larger architecture, and one for SP or zero.
 const REGISTERS: usize = 32;
+
+/// Cells and pointers that a state remembers: frames of the compiler's have some dozens in use.
+const MOST_KNOWN: usize = 4096;
 
 impl State {
     /// At a function's entry each register holds something of its own.
@@ -104,6 +108,18 @@ impl State {
     fn set(&mut self, register: Register, value: Value) {
         if let Some(place) = self.registers.get_mut(usize::from(register)) {
             *place = value;
+        }
+    }
+
+    /// How much it holds.
+    fn facts(&self) -> usize {
+        REGISTERS + self.cells.len() + self.dereferenced.len()
+    }
+
+    fn clobber(&mut self, mut registers: RegisterSet) {
+        while registers != 0 {
+            self.set(registers.trailing_zeros() as u8, Value::Unknown);
+            registers &= registers - 1;
         }
     }
 
@@ -138,7 +154,7 @@ impl State {
                 at += 1;
             }
         }
-        if known {
+        if known && self.cells.len() < MOST_KNOWN {
             let at = self.cells.partition_point(|c| c.key < key);
             self.cells.insert(at, Cell { key, size, value });
         }
@@ -154,6 +170,7 @@ impl State {
     /// Memory was accessed through `base`.
     fn dereference(&mut self, base: Register) {
         if let Value::Defined(definition) = self.get(base)
+            && self.dereferenced.len() < MOST_KNOWN
             && let Err(at) = self.dereferenced.binary_search(&definition)
         {
             self.dereferenced.insert(at, definition);
@@ -168,18 +185,34 @@ impl State {
             || matches!(value, Value::Defined(d) if self.dereferenced.binary_search(&d).is_ok())
     }
 
-    /// Forgets what was defined in `block`, which is about to define it anew.
+    /// Forgets what was defined in `block`, which is about to define it anew. (Before its first
+    /// visit there is nothing of that.)
     fn enter(&mut self, block: &Range<usize>) {
-        let stale =
-            |value: &Value| matches!(value, Value::Defined(d) if block.contains(&(*d as usize)));
+        let defined_in = |d: u32| block.contains(&(d as usize));
+        let stale = |value: &Value| matches!(value, Value::Defined(d) if defined_in(*d));
         for register in &mut self.registers {
             if stale(register) {
                 *register = Value::Unknown;
             }
         }
         self.cells.retain(|c| !stale(&c.value));
-        self.dereferenced
-            .retain(|d| !block.contains(&(*d as usize)));
+        self.dereferenced.retain(|d| !defined_in(*d));
+    }
+
+    /// Forgets the pointers in cells that other code may have changed.
+    fn forget_pointers(&mut self, exposed: &[Range<i64>]) {
+        // Variables do not overlap, so the last one that starts before the cell's end decides.
+        let reaches = |start: i64, end: i64| {
+            let after = exposed.partition_point(|e| e.start < end);
+            exposed
+                .get(..after)
+                .is_some_and(|before| before.last().is_some_and(|e| start < e.end))
+        };
+        self.cells.retain(|c| {
+            let start = c.key.wrapping_neg();
+            !matches!(c.value, Value::Defined(_))
+                || !reaches(start, start.saturating_add(i64::from(c.size)))
+        });
     }
 
     /// Joins `other` in; true if that changed anything.
@@ -220,11 +253,23 @@ pub(crate) struct Analysis<'a> {
     conventions: Conventions,
     /// The instruction that initialises `deferBits`: slot stores before it are zeroing.
     first_bits_store: usize,
+    /// Keys of the cells that are loaded from, sorted: of the others only constants matter.
+    loaded: Vec<i64>,
+    /// The parts of the frame that other code may write to, as addresses relative to varp.
+    exposed: Vec<Range<i64>>,
     findings: Findings,
 }
 
 impl<'a> Analysis<'a> {
-    pub fn run(code: &'a Code, image: &'a Image<'a>, open: Option<&'a OpenDefers>) -> Findings {
+    /// `objects` are the variables that are pointed to ([`Module::stack_objects`]).
+    ///
+    /// [`Module::stack_objects`]: crate::module::Module::stack_objects
+    pub fn run(
+        code: &'a Code,
+        image: &'a Image<'a>,
+        open: Option<&'a OpenDefers>,
+        objects: Option<Vec<Range<i64>>>,
+    ) -> Findings {
         let conventions = image.architecture.conventions();
         let mut analysis = Self {
             code,
@@ -232,69 +277,188 @@ impl<'a> Analysis<'a> {
             open,
             conventions,
             first_bits_store: usize::MAX,
+            loaded: Vec::new(),
+            exposed: Vec::new(),
             findings: Findings::default(),
         };
-        analysis.first_bits_store = (0..code.instructions.len())
-            .find(|index| {
-                analysis
-                    .stores(*index)
-                    .any(|(key, size, _)| analysis.is_bits(key, size))
-            })
-            .unwrap_or(usize::MAX);
+        analysis.look_at_cells(objects);
+        analysis.first_bits_store = analysis.find_first_bits_store().unwrap_or(usize::MAX);
         analysis.findings.diverts = vec![true; code.instructions.len()];
-        analysis.findings.reached = vec![false; code.instructions.len()];
-        let (states, settled) = analysis.settle();
-        analysis.findings.settled = settled;
-        for (block, state) in code.blocks.iter().zip(states) {
-            let Some(mut state) = state else { continue };
-            state.enter(&block.range);
-            for index in block.range.clone() {
-                analysis.step(&mut state, index, true);
-            }
-        }
+        analysis.findings.settled = analysis.settle();
         analysis.findings
     }
 
-    /// The state at the start of each block that is reached.
-    fn settle(&mut self) -> (Vec<Option<State>>, bool) {
-        /// Blocks are visited again only while they learn something; the lattice allows a few
-        /// dozen steps a register. Code that does not settle is not the compiler's.
-        const VISITS_PER_BLOCK: usize = 64;
+    /// Finds which cells are loaded from, and which others may write to.
+    fn look_at_cells(&mut self, objects: Option<Vec<Range<i64>>>) {
+        // Where the table of stack objects does not tell: everything from the lowest address that
+        // was taken, among the locals and among the arguments.
+        let (mut local, mut argument) = (0..0, i64::MAX..i64::MAX);
+        for (index, instruction) in self.code.instructions.iter().enumerate() {
+            match instruction.op {
+                Op::Load {
+                    from: Place::Stack(displacement),
+                    ..
+                } => self.loaded.push(self.code.stack_key(index, displacement)),
+                Op::StackAddress(_, displacement) => {
+                    let address = self.code.stack_key(index, displacement).wrapping_neg();
+                    let range = if address < 0 {
+                        &mut local
+                    } else {
+                        &mut argument
+                    };
+                    range.start = range.start.min(address);
+                }
+                _ => {}
+            }
+        }
+        self.loaded.sort_unstable();
+        self.loaded.dedup();
+        self.exposed = objects.unwrap_or_else(|| vec![local, argument]);
+    }
+
+    /// Visits blocks until their states at entry no longer change; false if they would not settle.
+    fn settle(&mut self) -> bool {
+        /// Blocks are visited again only while they learn something: twice, on the average, and a
+        /// state holds some dozens of facts. Code that takes far more work is not the compiler's.
+        const WORK_PER_INSTRUCTION: usize = 512;
+        /// What the states of all blocks hold at a time; a thousandth is usual.
+        const MOST_HELD: usize = 2 << 20;
+        let mut held = 0usize;
         let code = self.code;
+        let instructions = code.instructions.len();
         let mut states: Vec<Option<State>> = vec![None; code.blocks.len()];
+        let mut visited = vec![false; code.blocks.len()];
         if let Some(first) = states.first_mut() {
-            *first = Some(State::at_entry(code.instructions.len()));
+            *first = Some(State::at_entry(instructions));
         }
         // In order of address, which is close to the order of execution.
-        let mut work = BTreeSet::from([0usize]);
-        let mut budget = code.blocks.len().saturating_mul(VISITS_PER_BLOCK);
-        while let Some(at) = work.pop_first() {
-            if budget == 0 {
-                return (states, false);
-            }
-            budget -= 1;
-            let (Some(block), Some(Some(state))) = (code.blocks.get(at), states.get(at)) else {
+        let mut waiting = BTreeSet::from([0usize]);
+        let mut budget = instructions
+            .saturating_mul(WORK_PER_INSTRUCTION)
+            .saturating_add(1 << 20);
+        while let Some(at) = waiting.pop_first() {
+            let (Some(block), Some(known)) = (code.blocks.get(at), states.get_mut(at)) else {
                 continue;
             };
-            let mut state = state.clone();
-            state.enter(&block.range);
-            for index in block.range.clone() {
-                self.step(&mut state, index, false);
-            }
-            let (last, others) = match block.next.split_last() {
-                Some((last, others)) => (*last, others),
-                None => continue,
+            // The only predecessor of a block brings its state anew, should it change.
+            let state = if block.previous.len() > 1 {
+                known.clone()
+            } else {
+                known.take()
             };
+            let Some(mut state) = state else { continue };
+            let facts = state.facts();
+            if block.previous.len() <= 1 {
+                held = held.saturating_sub(facts);
+            }
+            let work = facts.saturating_mul(1 + block.next.len()) + block.range.len();
+            let Some(left) = budget.checked_sub(work) else {
+                return false;
+            };
+            budget = left;
+            if let Some(again) = visited.get_mut(at)
+                && std::mem::replace(again, true)
+            {
+                state.enter(&block.range);
+                self.forget(&block.range);
+            }
+            for index in block.range.clone() {
+                self.step(&mut state, index);
+            }
+            let Some((last, others)) = block.next.split_last() else {
+                continue;
+            };
+            let new = |next: &&usize| states.get(**next).is_some_and(Option::is_none);
+            let copies = block.next.iter().filter(new).count();
+            held = held.saturating_add(copies.saturating_mul(state.facts()));
+            if held > MOST_HELD {
+                return false;
+            }
+            let not_nil = self.not_nil_behind(&state, block);
             for next in others {
-                if merge(&mut states, *next, Cow::Borrowed(&state)) {
-                    work.insert(*next);
+                let mut state = Cow::Borrowed(&state);
+                learn(&mut state, *next, not_nil);
+                if merge(&mut states, code, *next, state) {
+                    waiting.insert(*next);
                 }
             }
-            if merge(&mut states, last, Cow::Owned(state)) {
-                work.insert(last);
+            let mut state = Cow::Owned(state);
+            learn(&mut state, *last, not_nil);
+            if merge(&mut states, code, *last, state) {
+                waiting.insert(*last);
             }
         }
-        (states, true)
+        true
+    }
+
+    /// Forgets what an earlier visit of a block recorded.
+    fn forget(&mut self, block: &Range<usize>) {
+        let findings = &mut self.findings;
+        while let Some((&index, _)) = findings.slot_stores.range(block.clone()).next() {
+            findings.slot_stores.remove(&index);
+        }
+        while let Some((&index, _)) = findings.exit_stores.range(block.clone()).next() {
+            findings.exit_stores.remove(&index);
+        }
+    }
+
+    /// The block behind a branch in which a pointer is known not to be nil, and that pointer.
+    fn not_nil_behind(&self, state: &State, block: &Block) -> Option<(usize, u32)> {
+        let last = block.range.clone().next_back()?;
+        let branch = self.code.instructions.get(last)?;
+        let (Flow::Branch(_), Some(test)) = (branch.flow, branch.zero_test) else {
+            return None;
+        };
+        let register = match test.register {
+            Some(register) => register,
+            // The flags are those of the instruction before.
+            None => {
+                let before = last.checked_sub(1).filter(|i| block.range.contains(i))?;
+                self.code.instructions.get(before)?.tests?
+            }
+        };
+        let Value::Defined(definition) = state.get(register) else {
+            return None;
+        };
+        // Successors are: where the branch leads, then what follows it.
+        let [target, following] = block.next.as_slice() else {
+            return None;
+        };
+        let at = if test.taken_if_zero {
+            following
+        } else {
+            target
+        };
+        (target != following).then_some((*at, definition))
+    }
+
+    /// The first store to `deferBits`: nothing precedes it but straight code of the entry.
+    fn find_first_bits_store(&self) -> Option<usize> {
+        self.open?;
+        // Addresses of stack cells that registers hold: arm64 forms those that no store can name
+        // in a register first.
+        let mut state = State::at_entry(self.code.instructions.len());
+        for (index, instruction) in self.code.instructions.iter().enumerate() {
+            if self
+                .stores(&state, index)
+                .any(|(key, size, _)| self.is_bits(key, size))
+            {
+                return Some(index);
+            }
+            match instruction.op {
+                Op::StackAddress(to, displacement) => {
+                    state.set(to, Value::Stack(self.code.stack_key(index, displacement)));
+                }
+                Op::Add(to, from, offset) => state.set(to, state.get(from).plus(offset)),
+                other => {
+                    if let Some(to) = other.written() {
+                        state.set(to, Value::Unknown);
+                    }
+                }
+            }
+            state.clobber(instruction.clobbers);
+        }
+        None
     }
 
     fn is_bits(&self, key: i64, size: u8) -> bool {
@@ -307,20 +471,24 @@ impl<'a> Analysis<'a> {
     }
 
     /// The stack cells that an instruction stores to: key, size and operand.
-    fn stores(&self, index: usize) -> impl Iterator<Item = (i64, u8, Operand)> + use<> {
+    fn stores(
+        &self,
+        state: &State,
+        index: usize,
+    ) -> impl Iterator<Item = (i64, u8, Operand)> + use<> {
         let (mut first, mut second) = (None, None);
         if let Some(Instruction {
             op:
                 Op::Store {
-                    to: Place::Stack(displacement),
+                    to,
                     values,
                     count,
                     size,
                 },
             ..
         }) = self.code.instructions.get(index)
+            && let Some(key) = self.stack_cell(state, index, *to)
         {
-            let key = self.code.stack_key(index, *displacement);
             first = Some((key, *size, values[0]));
             if *count > 1 {
                 second = Some((key.wrapping_sub(i64::from(*size)), *size, values[1]));
@@ -329,8 +497,21 @@ impl<'a> Analysis<'a> {
         first.into_iter().chain(second)
     }
 
-    fn step(&mut self, state: &mut State, index: usize, record: bool) {
-        let Some(instruction) = self.code.instructions.get(index).copied() else {
+    /// The key of the stack cell at a place, if it is one.
+    fn stack_cell(&self, state: &State, index: usize, place: Place) -> Option<i64> {
+        match place {
+            Place::Stack(displacement) => Some(self.code.stack_key(index, displacement)),
+            Place::Based(base, displacement) => match state.get(base) {
+                Value::Stack(key) => Some(key.wrapping_sub(displacement)),
+                _ => None,
+            },
+            Place::Absolute(_) | Place::Unknown => None,
+        }
+    }
+
+    fn step(&mut self, state: &mut State, index: usize) {
+        let code = self.code;
+        let Some(instruction) = code.instructions.get(index) else {
             return;
         };
         let callee = self
@@ -339,57 +520,45 @@ impl<'a> Analysis<'a> {
             .get(index)
             .copied()
             .unwrap_or(Callee::Other);
-        if record {
-            self.record(state, index, &instruction, callee);
-        }
+        self.record(state, index, instruction, callee);
         if let Faults::ThroughBase(base) = instruction.faults {
             state.dereference(base);
         }
-        if !self.store(state, index, &instruction, record) {
+        if !self.store(state, index, instruction) {
             self.compute(state, index, instruction.op);
         }
-        let mut clobbers = instruction.clobbers;
-        while clobbers != 0 {
-            state.set(clobbers.trailing_zeros() as u8, Value::Unknown);
-            clobbers &= clobbers - 1;
-        }
+        state.clobber(instruction.clobbers);
         if matches!(instruction.flow, Flow::Call(_) | Flow::IndirectCall) {
-            self.call(state, &instruction, callee);
+            self.call(state, instruction, callee);
         }
     }
 
     /// The effect of a store on cells, bits and slots; false if it is no store.
-    fn store(
-        &mut self,
-        state: &mut State,
-        index: usize,
-        instruction: &Instruction,
-        record: bool,
-    ) -> bool {
+    fn store(&mut self, state: &mut State, index: usize, instruction: &Instruction) -> bool {
         let Op::Store { to, values, .. } = instruction.op else {
             return false;
         };
-        match to {
-            Place::Stack(_) => {}
-            Place::Based(base, 0) => {
-                if let (Value::Object(object), Value::Constant(code)) =
-                    (state.get(base), state.operand(values[0]))
-                {
-                    self.findings.object_code.entry(object).or_insert(code);
-                }
-            }
-            Place::Based(..) | Place::Absolute(_) | Place::Unknown => {}
-        }
-        if let Place::Based(base, displacement) = to
-            && let Value::Stack(key) = state.get(base)
+        if let Place::Based(base, 0) = to
+            && let (Value::Object(object), Value::Constant(code)) =
+                (state.get(base), state.operand(values[0]))
         {
-            let key = key.wrapping_sub(displacement);
-            state.put(key, 8, state.operand(values[0]));
+            self.findings.object_code.entry(object).or_insert(code);
         }
-        for (key, size, operand) in self.stores(index) {
+        let may_alias = match to {
+            Place::Stack(_) | Place::Absolute(_) => false,
+            Place::Based(base, _) => !matches!(
+                state.get(base),
+                Value::Stack(_) | Value::Object(_) | Value::Constant(_)
+            ),
+            Place::Unknown => true,
+        };
+        if may_alias {
+            state.forget_pointers(&self.exposed);
+        }
+        for (key, size, operand) in self.stores(state, index) {
             let value = state.operand(operand);
             if self.is_bits(key, size) {
-                self.store_bits(state, index, value.bits(), record);
+                self.store_bits(state, index, value.bits());
             } else if size == 8
                 && index > self.first_bits_store
                 && let Some(bit) = self.slot_at(key)
@@ -397,22 +566,20 @@ impl<'a> Analysis<'a> {
                 let mask = 1u8.checked_shl(u32::from(bit)).unwrap_or(0);
                 state.active.must |= mask;
                 state.active.may |= mask;
-                if record {
-                    let closure = closure(state, value);
-                    self.findings.slot_stores.push(SlotStore {
-                        index,
-                        bit,
-                        closure,
-                    });
-                }
+                let closure = closure(state, value);
+                self.findings
+                    .slot_stores
+                    .insert(index, SlotStore { bit, closure });
             }
-            state.put(key, size, value);
+            let useless = matches!(value, Value::Defined(_) | Value::Bits(_))
+                && self.loaded.binary_search(&key).is_err();
+            state.put(key, size, if useless { Value::Unknown } else { value });
         }
         true
     }
 
     /// A store to `deferBits`: it activates, initialises, or clears a bit at an exit.
-    fn store_bits(&mut self, state: &mut State, index: usize, new: Bits, record: bool) {
+    fn store_bits(&mut self, state: &mut State, index: usize, new: Bits) {
         if index == self.first_bits_store {
             state.active = Bits::NONE;
             return;
@@ -421,9 +588,9 @@ impl<'a> Analysis<'a> {
         if cleared == 0 {
             return;
         }
-        if record && cleared.count_ones() == 1 {
+        if cleared.count_ones() == 1 {
             let bit = cleared.trailing_zeros() as u8;
-            self.findings.exit_stores.push((index, bit));
+            self.findings.exit_stores.insert(index, bit);
         }
         state.active = Bits {
             must: state.active.must & !cleared,
@@ -451,8 +618,16 @@ impl<'a> Analysis<'a> {
     fn load(&mut self, state: &mut State, index: usize, to: Register, from: Place, size: u8) {
         let fresh = Value::Defined(u32::try_from(index).unwrap_or(u32::MAX));
         let value = match from {
-            Place::Stack(displacement) => {
-                let key = self.code.stack_key(index, displacement);
+            Place::Based(base, displacement) if !matches!(state.get(base), Value::Stack(_)) => {
+                match state.get(base).plus(displacement) {
+                    Value::Constant(address) if size == 8 => self.word(VirtualAddress(address)),
+                    _ => Value::Unknown,
+                }
+            }
+            Place::Stack(_) | Place::Based(..) => {
+                let Some(key) = self.stack_cell(state, index, from) else {
+                    return state.set(to, Value::Unknown);
+                };
                 let value = state.cell(key);
                 if value == Value::Unknown && size == 8 {
                     // The next load of this cell yields the same.
@@ -460,11 +635,6 @@ impl<'a> Analysis<'a> {
                 }
                 value
             }
-            Place::Based(base, displacement) => match state.get(base).plus(displacement) {
-                Value::Stack(key) => state.cell(key),
-                Value::Constant(address) if size == 8 => self.word(VirtualAddress(address)),
-                _ => Value::Unknown,
-            },
             // A word of read-only data: a GOT entry, or the code pointer of a static closure.
             Place::Absolute(address) if size == 8 => self.word(address),
             Place::Absolute(_) | Place::Unknown => Value::Unknown,
@@ -495,7 +665,9 @@ impl<'a> Analysis<'a> {
             return;
         }
         state.registers = [Value::Unknown; REGISTERS];
-        if callee == Callee::NewObject {
+        if callee != Callee::NewObject {
+            state.forget_pointers(&self.exposed);
+        } else {
             state.set(
                 self.conventions.first_argument,
                 Value::Object(instruction.address.0),
@@ -504,9 +676,6 @@ impl<'a> Analysis<'a> {
     }
 
     fn record(&mut self, state: &State, index: usize, instruction: &Instruction, callee: Callee) {
-        if let Some(reached) = self.findings.reached.get_mut(index) {
-            *reached = true;
-        }
         let may_fault = match instruction.faults {
             Faults::Never => false,
             Faults::ThroughBase(base) => !state.is_mapped(base, self.conventions.g),
@@ -559,14 +728,29 @@ impl<'a> Analysis<'a> {
 }
 
 /// Joins a state into the start of block `at`; true if the block has something to learn.
-fn merge(states: &mut [Option<State>], at: usize, state: Cow<'_, State>) -> bool {
+fn merge(states: &mut [Option<State>], code: &Code, at: usize, state: Cow<'_, State>) -> bool {
+    let alone = code.blocks.get(at).is_some_and(|b| b.previous.len() <= 1);
     match states.get_mut(at) {
+        Some(place) if alone => {
+            *place = Some(state.into_owned());
+            true
+        }
         Some(Some(known)) => known.join(&state),
         Some(unknown) => {
             *unknown = Some(state.into_owned());
             true
         }
         None => false,
+    }
+}
+
+/// Adds to the state at the start of block `at` what a branch to it has shown.
+fn learn(state: &mut Cow<'_, State>, at: usize, not_nil: Option<(usize, u32)>) {
+    if let Some((place, definition)) = not_nil
+        && place == at
+        && let Err(at) = state.dereferenced.binary_search(&definition)
+    {
+        state.to_mut().dereferenced.insert(at, definition);
     }
 }
 

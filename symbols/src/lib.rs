@@ -27,6 +27,9 @@ mod decode;
 mod elf;
 mod error;
 mod flow;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod inventory;
 mod module;
 mod pclntab;

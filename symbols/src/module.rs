@@ -1,5 +1,7 @@
 //! One Go module of an executable: its moduledata, and with it pclntab and funcdata.
 
+use std::ops::Range;
+
 use crate::bytes::Bytes;
 use crate::elf::Image;
 use crate::error::damaged;
@@ -12,6 +14,9 @@ const STRUCTURE: &str = "moduledata";
 /// pclntab with what moduledata adds to it.
 #[derive(Debug)]
 pub(crate) struct Module<'data> {
+    /// Where moduledata stands.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub address: VirtualAddress,
     pub table: Pclntab<'data>,
     pub text: VirtualAddress,
     pub etext: VirtualAddress,
@@ -57,6 +62,8 @@ impl<'data> Module<'data> {
             table.set_text(text);
         }
         let module = Self {
+            #[cfg(any(test, feature = "fuzzing"))]
+            address,
             table,
             text,
             etext,
@@ -93,12 +100,47 @@ impl<'data> Module<'data> {
             .unwrap_or_default()
     }
 
+    /// The variables of the frame that are pointed to, as far as they hold pointers themselves:
+    /// ranges of addresses relative to varp. `None` if the release or the data does not tell.
+    pub fn stack_objects(&self, image: &Image<'data>, func: Func) -> Option<Vec<Range<i64>>> {
+        let index = self.table.layout().stack_objects?;
+        match self.table.funcdata(image, func, index, self.gofunc) {
+            Some(address) => read_stack_objects(image.bytes_from(address)?),
+            None => Some(Vec::new()),
+        }
+    }
+
     /// The function's open-coded defers; `None` if it has none, or the data is damaged.
     pub fn open_defers(&self, image: &Image<'data>, func: Func) -> Option<OpenDefers> {
         let (index, format) = self.table.layout().open_defers?;
         let address = self.table.funcdata(image, func, index, self.gofunc)?;
         read_open_defers(image.bytes_from(address)?, format)
     }
+}
+
+/// A count, then `stackObjectRecord`s (`runtime/stack.go`, since 1.18): offset, size, two words more.
+/// Offsets of locals are negative and count from varp, those of arguments from argp.
+fn read_stack_objects(data: Bytes<'_>) -> Option<Vec<Range<i64>>> {
+    const RECORD: u64 = 16;
+    /// More than any frame has; a larger count is damage.
+    const MOST: u64 = 256;
+    /// The saved frame pointer and the return address lie between varp and argp.
+    const ARGUMENTS: i64 = 16;
+    let count = data.u64(0).filter(|count| *count <= MOST)?;
+    let mut objects = Vec::new();
+    for index in 0..count {
+        let at = index.checked_mul(RECORD)?.checked_add(8)?;
+        let offset = i64::from(data.u32(at)? as i32);
+        let size = i64::from(data.u32(at.checked_add(4)?)? as i32);
+        let start = if offset < 0 {
+            offset
+        } else {
+            offset + ARGUMENTS
+        };
+        objects.push(start..start + size);
+    }
+    objects.sort_by_key(|object| object.start);
+    Some(objects)
 }
 
 fn read_open_defers(data: Bytes<'_>, format: OpenDeferFormat) -> Option<OpenDefers> {
@@ -139,6 +181,20 @@ fn read_open_defers(data: Bytes<'_>, format: OpenDeferFormat) -> Option<OpenDefe
     // The last statement comes first.
     slots.reverse();
     Some(OpenDefers { bits, slots })
+}
+
+/// Reads bytes in every format there is.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn read_any(data: Bytes<'_>) {
+    use OpenDeferFormat::{SlotArray, Slots, WithArguments};
+    for format in [WithArguments, Slots, SlotArray] {
+        if let Some(open) = read_open_defers(data, format) {
+            assert!(open.slots.len() <= 8);
+        }
+    }
+    if let Some(objects) = read_stack_objects(data) {
+        assert!(objects.len() * 16 <= data.len());
+    }
 }
 
 /// The address of moduledata: the aligned word that points to the pclntab header and is followed

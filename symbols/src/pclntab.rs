@@ -8,6 +8,8 @@ use crate::release::{FuncLayout, InlineEntry, Layout};
 use crate::{Architecture, Error, Result, VirtualAddress};
 
 const STRUCTURE: &str = "pclntab";
+/// `PCDATA_InlTreeIndex`, in all releases.
+const INLINE_INDEX: u32 = 2;
 
 /// Where a pclntab was found: its address and the bytes from there to the end of its segment.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +47,14 @@ pub(crate) struct Func {
     pub end: VirtualAddress,
     /// Offset of its `_func` from the header.
     offset: u64,
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+impl Func {
+    /// Offset of its `_func` from the header.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
 }
 
 /// Finds the header: by section, else by a search that validates each candidate.
@@ -278,8 +288,34 @@ impl<'data> Pclntab<'data> {
     }
 
     pub fn name_at(&self, offset: u32) -> Option<&'data [u8]> {
-        self.data
-            .c_string(self.names.checked_add(u64::from(offset))?)
+        self.string(self.names.checked_add(u64::from(offset))?)
+    }
+
+    /// A string of the table, if it is not unreasonably long.
+    fn string(&self, at: u64) -> Option<&'data [u8]> {
+        /// Names of instantiated generics and paths reach a few thousand bytes.
+        const LONGEST: u64 = 1 << 16;
+        let rest = self.data.from(at)?;
+        let len = LONGEST.min(rest.len() as u64);
+        Bytes(rest.slice(0, len)?).c_string(0)
+    }
+
+    /// Its name without `runtime.`, if it is of that package.
+    pub fn runtime_name(&self, func: Func) -> Option<&'data [u8]> {
+        const PACKAGE: &[u8] = b"runtime.";
+        /// None of those looked for is longer.
+        const LONGEST: u64 = 64;
+        let at = self
+            .names
+            .checked_add(u64::from(self.name_offset(func)?))?
+            .checked_add(PACKAGE.len() as u64)?;
+        let package = at.checked_sub(PACKAGE.len() as u64)?;
+        if self.data.slice(package, PACKAGE.len() as u64)? != PACKAGE {
+            return None;
+        }
+        let rest = self.data.from(at)?.0;
+        let rest = rest.get(..rest.len().min(LONGEST as usize))?;
+        rest.get(..memchr::memchr(0, rest)?)
     }
 
     pub fn start_line(&self, func: Func) -> Option<u32> {
@@ -301,6 +337,7 @@ impl<'data> Pclntab<'data> {
             value: -1,
             quantum: self.quantum,
             first: true,
+            limit: func.end,
         }
     }
 
@@ -339,11 +376,28 @@ impl<'data> Pclntab<'data> {
                 self.filetab.checked_add(u64::from(self.data.u32(at)?))?
             }
         };
-        self.data.c_string(name)
+        self.string(name)
     }
 
     /// The value of a pcdata table (such as the inline tree index) at `address`.
     pub fn pcdata(&self, func: Func, table: u32, address: VirtualAddress) -> Option<i32> {
+        self.value_at(func, self.pcdata_table(func, table)?, address)
+    }
+
+    /// The first address at which an inlined call begins.
+    pub fn first_inlined(&self, func: Func) -> Option<VirtualAddress> {
+        let table = self.pcdata_table(func, INLINE_INDEX)?;
+        let mut start = func.entry;
+        for step in self.steps(func, table) {
+            if step.value >= 0 {
+                return Some(start);
+            }
+            start = step.end;
+        }
+        None
+    }
+
+    fn pcdata_table(&self, func: Func, table: u32) -> Option<u32> {
         if table >= self.field(func, self.fields().npcdata)? {
             return None;
         }
@@ -351,7 +405,7 @@ impl<'data> Pclntab<'data> {
             .fields()
             .size
             .checked_add(u64::from(table).checked_mul(4)?)?;
-        self.value_at(func, self.field(func, at)?, address)
+        self.field(func, at)
     }
 
     /// Address of a funcdata; `gofunc` is what offsets count from since 1.18.
@@ -394,8 +448,6 @@ impl<'data> Pclntab<'data> {
         address: VirtualAddress,
         tree: Bytes<'data>,
     ) -> Vec<(&'data [u8], VirtualAddress)> {
-        /// `PCDATA_InlTreeIndex`, in all releases.
-        const INLINE_INDEX: u32 = 2;
         /// Deeper than the inliner goes; a damaged table may form a ring.
         const DEEPEST: usize = 256;
         let InlineEntry {
@@ -450,6 +502,8 @@ pub(crate) struct Steps<'data> {
     value: i32,
     quantum: u64,
     first: bool,
+    /// The function's end.
+    limit: VirtualAddress,
 }
 
 impl Iterator for Steps<'_> {
@@ -465,6 +519,11 @@ impl Iterator for Steps<'_> {
         let delta = (zigzag >> 1) as i32 ^ -((zigzag & 1) as i32);
         self.value = self.value.wrapping_add(delta);
         let advance = self.data.uvarint(&mut self.at)?.checked_mul(self.quantum)?;
+        if advance == 0 || self.address >= self.limit {
+            // The compiler writes no empty runs. Without them there are no more runs than code.
+            self.at = u64::MAX;
+            return None;
+        }
         self.address = self.address.checked_add(advance)?;
         Some(Step {
             end: self.address,

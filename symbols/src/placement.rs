@@ -2,12 +2,12 @@
 //! as the statement.
 //!
 //! Inside a basic block every instruction executes as often as its neighbour, unless a panic starts
-//! between them. So the search goes from the slot store forwards to the end of its block, then
-//! backwards to its start, and stops at whatever may panic: a call that is not known to return, or
-//! an access through a pointer that may be nil. A CALL itself may be probed when it comes after the
+//! between them. So the search goes from the slot store forwards to the end of its block and of
+//! those that it alone leads to, then backwards to its start and past detours, and stops at whatever
+//! may panic: a call that is not known to return, or an access through a pointer that may be nil. A CALL itself may be probed when it comes after the
 //! store (the trap is taken before the callee starts), and before it only if it always returns.
 
-use crate::code::Code;
+use crate::code::{Block, Code};
 use crate::elf::Image;
 use crate::flow::Findings;
 use crate::plan::{Basis, ProbePoint};
@@ -31,33 +31,83 @@ pub(crate) fn open_coded(
     findings: &Findings,
     store: usize,
 ) -> Option<ProbePoint> {
-    let block = code.block_of(store)?.range.clone();
     let emulated = |index: usize| {
         code.instructions
             .get(index)
             .is_some_and(|i| i.probeable && i.kind.is_emulated())
     };
     let diverts = |index: usize| findings.diverts.get(index).copied().unwrap_or(true);
-    let mut after = None;
-    for index in store + 1..block.end {
-        if emulated(index) {
-            after = Some(index);
-            break;
+    let block = code.block_of(store)?;
+    // Forwards, also into a block that only follows this one and that only this one leads to.
+    let mut from = store + 1;
+    let mut current = Some(block);
+    for _ in 0..FARTHEST {
+        let Some(block) = current else { break };
+        for index in from..block.range.end {
+            if emulated(index) {
+                return at(image, code, index, Basis::AfterSlotStore);
+            }
+            if diverts(index) {
+                current = None;
+                break;
+            }
         }
-        if diverts(index) {
-            break;
-        }
+        current = current
+            .and_then(|block| only(&block.next))
+            .and_then(|next| code.blocks.get(next))
+            .filter(|next| next.previous.len() == 1);
+        from = current.map_or(0, |block| block.range.start);
     }
-    if let Some(index) = after {
-        return at(image, code, index, Basis::AfterSlotStore);
-    }
-    for index in (block.start..store).rev() {
-        if diverts(index) {
-            break;
+    // Backwards likewise, and across a detour that always comes back, such as a write barrier's.
+    let mut before = store;
+    let mut current = Some(block);
+    for _ in 0..FARTHEST {
+        let Some(block) = current else { break };
+        for index in (block.range.start..before).rev() {
+            if diverts(index) {
+                current = None;
+                break;
+            }
+            if emulated(index) {
+                return at(image, code, index, Basis::BeforeSlotStore);
+            }
         }
-        if emulated(index) {
-            return at(image, code, index, Basis::BeforeSlotStore);
-        }
+        current = current.and_then(|block| dominator(code, block, diverts));
+        before = current.map_or(0, |block| block.range.end);
     }
     at(image, code, store, Basis::SlotStore)
+}
+
+/// How many blocks to look at in each direction.
+const FARTHEST: usize = 8;
+
+fn only(blocks: &[usize]) -> Option<usize> {
+    match blocks {
+        [block] => Some(*block),
+        _ => None,
+    }
+}
+
+/// The block that is executed before `block` exactly as often: its only predecessor, if it leads
+/// nowhere else, or the head of an `if` without `else` whose body always comes to its end.
+fn dominator<'a>(
+    code: &'a Code,
+    block: &Block,
+    diverts: impl Fn(usize) -> bool,
+) -> Option<&'a Block> {
+    let get = |at: usize| code.blocks.get(at);
+    if let Some(previous) = only(&block.previous) {
+        return get(previous).filter(|p| p.next.len() == 1 && !p.range.is_empty());
+    }
+    let [a, b] = block.previous.as_slice() else {
+        return None;
+    };
+    [(*a, *b), (*b, *a)].into_iter().find_map(|(head, body)| {
+        let inside = get(body)?;
+        let returns = only(&inside.previous) == Some(head)
+            && only(&inside.next).is_some()
+            && !inside.range.is_empty()
+            && !inside.range.clone().any(&diverts);
+        get(head).filter(|h| returns && h.next.len() == 2 && !h.range.is_empty())
+    })
 }

@@ -16,24 +16,27 @@ const MOST_PRODUCT: usize = 15;
 /// What the rules look at, for one function without open coding.
 pub(crate) struct Facts<'a> {
     pub release: Release,
-    pub build: &'a BuildInfo,
+    /// What [`optimizations_off`] says of the build.
+    pub optimizations_off: bool,
     /// What the function calls.
     pub calls: &'a [Callee],
     /// The mechanisms of its sites.
     pub mechanisms: &'a [Mechanism],
 }
 
-/// The reason for one site of mechanism `mechanism`; `None` for open-coded ones.
-pub(crate) fn of(mechanism: Mechanism, facts: &Facts<'_>) -> Option<Reason> {
+/// The reason for one site of mechanism `mechanism`; `None` for open-coded ones. `of_stack` is the
+/// reason for the stack sites of its function.
+pub(crate) fn of(mechanism: Mechanism, of_stack: Reason) -> Option<Reason> {
     match mechanism {
         Mechanism::OpenCoded => None,
         Mechanism::Heap => Some(Reason::Loop),
         Mechanism::RangeFunc => Some(Reason::RangeFunc),
-        Mechanism::Stack => Some(of_stack(facts)),
+        Mechanism::Stack => Some(of_stack),
     }
 }
 
-fn of_stack(facts: &Facts<'_>) -> Reason {
+/// Why a function has stack sites: one reason for all of them.
+pub(crate) fn of_stack(facts: &Facts<'_>) -> Reason {
     let calls = |callee| facts.calls.iter().filter(|c| **c == callee).count();
     let has = |mechanism| facts.mechanisms.contains(&mechanism);
     let sites = facts.mechanisms.len();
@@ -43,7 +46,7 @@ fn of_stack(facts: &Facts<'_>) -> Reason {
     if calls(Callee::Race) > 0 {
         return Reason::Race;
     }
-    if optimizations_off(facts.build) {
+    if facts.optimizations_off {
         return Reason::OptimizationsOff;
     }
     if has(Mechanism::RangeFunc) || calls(Callee::StartsRangeFunc) > 0 {

@@ -74,6 +74,8 @@ pub(crate) struct Layout {
     pub open_defers: Option<(u32, OpenDeferFormat)>,
     /// `funcID` of compiler-made wrappers.
     pub wrapper_func_id: u8,
+    /// Index of `FUNCDATA_StackObjects`; `None` where its records hold no sizes (up to 1.17).
+    pub stack_objects: Option<u32>,
 }
 
 /// An entry of the inline tree.
@@ -176,6 +178,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_20,
         open_defers: None,
         wrapper_func_id: 20,
+        stack_objects: None,
     },
     Layout {
         first: release(14),
@@ -186,6 +189,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_20,
         open_defers: Some((5, OpenDeferFormat::WithArguments)),
         wrapper_func_id: 22,
+        stack_objects: None,
     },
     Layout {
         first: release(16),
@@ -196,6 +200,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_20,
         open_defers: Some((4, OpenDeferFormat::WithArguments)),
         wrapper_func_id: 22,
+        stack_objects: None,
     },
     Layout {
         first: release(18),
@@ -206,6 +211,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_20,
         open_defers: Some((4, OpenDeferFormat::Slots)),
         wrapper_func_id: 21,
+        stack_objects: Some(2),
     },
     Layout {
         first: release(20),
@@ -216,6 +222,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::Slots)),
         wrapper_func_id: 21,
+        stack_objects: Some(2),
     },
     Layout {
         first: release(22),
@@ -226,6 +233,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::SlotArray)),
         wrapper_func_id: 22,
+        stack_objects: Some(2),
     },
     Layout {
         first: release(25),
@@ -236,6 +244,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::SlotArray)),
         wrapper_func_id: 23,
+        stack_objects: Some(2),
     },
     Layout {
         first: release(27),
@@ -249,6 +258,7 @@ const LAYOUTS: &[Layout] = &[
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::SlotArray)),
         wrapper_func_id: 23,
+        stack_objects: Some(2),
     },
 ];
 
@@ -288,6 +298,12 @@ impl Layout {
                 version: version.to_owned(),
                 known: KNOWN,
             })
+    }
+
+    /// The whole table.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn all() -> &'static [Self] {
+        LAYOUTS
     }
 
     /// Every magic number a pclntab may start with.

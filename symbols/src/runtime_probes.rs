@@ -16,7 +16,6 @@ use crate::code::Code;
 use crate::decode::{Flow, Op};
 use crate::elf::Image;
 use crate::module::Module;
-use crate::pclntab::Func;
 use crate::placement;
 use crate::plan::{Basis, ProbePoint};
 use crate::release::Release;
@@ -232,23 +231,28 @@ impl Search<'_, '_> {
     /// The runtime functions that matter, decoded.
     fn functions(&self) -> Vec<Decoded> {
         let table = &self.module.table;
-        let callees = Callees::new(self.image, self.module);
-        let wanted = |func: Func| {
-            let name = table.name(func)?.strip_prefix(b"runtime.")?;
-            let known = TAKERS.iter().chain(&GIVERS);
-            known
-                .map(|known| known.as_bytes())
-                .any(|known| known == name)
-                .then(|| text(name))
+        let mut callees = Callees::default();
+        let mut wanted = Vec::new();
+        let mut reached = VirtualAddress(0);
+        for func in (0..table.count).filter_map(|index| table.func(self.image, index)) {
+            // In order, and so not more code altogether than there is.
+            if func.entry < reached || func.end < func.entry {
+                continue;
+            }
+            reached = func.end;
+            let Some(name) = table.runtime_name(func) else {
+                continue;
+            };
+            callees.note(func, name);
+            if TAKERS.iter().chain(&GIVERS).any(|n| n.as_bytes() == name) {
+                wanted.push((func, text(name)));
+            }
+        }
+        let decode = |(func, name)| {
+            let code = Code::decode(self.image, self.module, &callees, func)?;
+            Some(Decoded { name, code })
         };
-        (0..table.count)
-            .filter_map(|index| table.func(self.image, index))
-            .filter_map(|func| Some((func, wanted(func)?)))
-            .filter_map(|(func, name)| {
-                let code = Code::decode(self.image, self.module, &callees, func)?;
-                Some(Decoded { name, code })
-            })
-            .collect()
+        wanted.into_iter().filter_map(decode).collect()
     }
 
     /// The direct calls of one of `names` in the runtime.
@@ -258,7 +262,7 @@ impl Search<'_, '_> {
             let func = table
                 .find(self.image, target)
                 .filter(|f| f.entry == target)?;
-            let name = table.name(func)?.strip_prefix(b"runtime.")?;
+            let name = table.runtime_name(func)?;
             names.iter().any(|n| n.as_bytes() == name).then_some(())
         };
         let instructions = function.code.instructions.iter().enumerate();

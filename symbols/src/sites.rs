@@ -1,8 +1,8 @@
 //! From functions that contain defers to the list of their sites.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use crate::buildinfo::BuildInfo;
 use crate::callee::{Namer, text};
 use crate::calls::{Callee, Callees};
 use crate::code::Code;
@@ -21,7 +21,8 @@ pub(crate) struct Search<'a, 'data> {
     pub image: &'a Image<'data>,
     pub module: &'a Module<'data>,
     pub release: Release,
-    pub build: &'a BuildInfo,
+    /// What [`reason::optimizations_off`] says of the build.
+    pub optimizations_off: bool,
 }
 
 /// A site before it has its ordinal.
@@ -39,17 +40,36 @@ impl Search<'_, '_> {
     pub fn run(&self) -> (Vec<Site>, Vec<String>) {
         /// Fewer are not worth a thread.
         const LEAST_A_THREAD: usize = 64;
-        let (funcs, mut warnings) = self.functions_with_defers();
+        /// A hundred times what the largest programs need.
+        const MOST_MEMORY: usize = 256 << 20;
+        /// For each thread. More say nothing new.
+        const MOST_WARNINGS: usize = 50;
+        let omitted = AtomicUsize::new(0);
+        let omitted = &omitted;
+        let (funcs, callees, mut warnings) = self.functions();
+        let callees = &callees;
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = processors.min(funcs.len() / LEAST_A_THREAD).max(1);
         // Interleaved, since large functions stand together.
         let share = |first: usize| {
-            let callees = Callees::new(self.image, self.module);
-            let mut found = (Vec::new(), Vec::new());
+            let (mut sites, mut warnings) = (Vec::new(), Vec::new());
+            let mut room = MOST_MEMORY / threads;
             for func in funcs.iter().skip(first).step_by(threads) {
-                self.function(*func, &callees, &mut found.0, &mut found.1);
+                self.function(*func, callees, &mut sites, &mut warnings, &mut room);
+                let more = warnings.len().saturating_sub(MOST_WARNINGS);
+                if more > 0 {
+                    warnings.truncate(MOST_WARNINGS);
+                    omitted.fetch_add(more, Relaxed);
+                }
+                if room == 0 {
+                    warnings.push(
+                        "it claims to have more defers than fit into memory: the rest is missing"
+                            .into(),
+                    );
+                    break;
+                }
             }
-            found
+            (sites, warnings)
         };
         let mut shares = Vec::with_capacity(threads);
         std::thread::scope(|scope| {
@@ -68,32 +88,52 @@ impl Search<'_, '_> {
             sites.extend(found);
             warnings.extend(problems);
         }
+        let omitted = omitted.load(Relaxed);
+        if omitted > 0 {
+            warnings.push(format!("{omitted} more warnings like these"));
+        }
         number(&mut sites);
         (sites, warnings)
     }
 
-    fn functions_with_defers(&self) -> (Vec<Func>, Vec<String>) {
+    /// One pass over pclntab: the functions with defers, and those whose calls mean something.
+    fn functions(&self) -> (Vec<Func>, Callees, Vec<String>) {
         let table = &self.module.table;
         let mut funcs = Vec::new();
+        let mut callees = Callees::default();
         let mut outside = 0u64;
+        let mut reached = VirtualAddress(0);
         for index in 0..table.count {
-            match table.func(self.image, index) {
-                Some(func) if table.deferreturn(func).is_some_and(|o| o != 0) => funcs.push(func),
-                Some(_) => {}
-                None => outside += 1,
+            let Some(func) = table.func(self.image, index) else {
+                outside += 1;
+                continue;
+            };
+            // In order, and so not more code altogether than there is.
+            if func.entry < reached || func.end < func.entry {
+                outside += 1;
+                continue;
+            }
+            reached = func.end;
+            if table.deferreturn(func).is_some_and(|o| o != 0) {
+                funcs.push(func);
+            }
+            if let Some(name) = table.runtime_name(func) {
+                callees.note(func, name);
             }
         }
-        let warning = (outside > 0)
-            .then(|| format!("{outside} functions of pclntab lie outside the file: it is damaged"));
-        (funcs, Vec::from_iter(warning))
+        let warning = (outside > 0).then(|| {
+            format!("{outside} functions of pclntab lie outside the file or overlap: it is damaged")
+        });
+        (funcs, callees, Vec::from_iter(warning))
     }
 
     fn function(
         &self,
         func: Func,
-        callees: &Callees<'_, '_>,
+        callees: &Callees,
         sites: &mut Vec<Site>,
         warnings: &mut Vec<String>,
+        room: &mut usize,
     ) {
         let table = &self.module.table;
         let name = table.name(func).map(text).unwrap_or_default();
@@ -104,7 +144,8 @@ impl Search<'_, '_> {
             return;
         };
         let open = self.module.open_defers(self.image, func);
-        let findings = Analysis::run(&code, self.image, open.as_ref());
+        let objects = self.module.stack_objects(self.image, func);
+        let findings = Analysis::run(&code, self.image, open.as_ref(), objects);
         if !findings.settled {
             warnings.push(format!(
                 "the code of {name} could not be followed to its end"
@@ -113,7 +154,6 @@ impl Search<'_, '_> {
         let namer = Namer {
             image: self.image,
             module: self.module,
-            callees,
         };
         let mut drafts = registering_calls(&code, &findings, &namer);
         if let Some(open) = &open {
@@ -130,10 +170,11 @@ impl Search<'_, '_> {
         let mechanisms: Vec<Mechanism> = drafts.iter().map(|d| d.mechanism).collect();
         let facts = Facts {
             release: self.release,
-            build: self.build,
+            optimizations_off: self.optimizations_off,
             calls: &code.callees,
             mechanisms: &mechanisms,
         };
+        let of_stack = reason::of_stack(&facts);
         for draft in drafts {
             let placed = match draft.mechanism {
                 Mechanism::OpenCoded => {
@@ -150,15 +191,21 @@ impl Search<'_, '_> {
                 continue;
             };
             let pc = instruction.address;
+            let file = table.file(func, pc).map(text).unwrap_or_default();
+            let size = name.len() * 2 + file.len() + draft.callee.as_ref().map_or(0, String::len);
+            *room = room.saturating_sub(size + size_of::<Site>());
+            if *room == 0 {
+                return;
+            }
             sites.push(Site {
                 id: SiteId(String::new()),
                 function: name.clone(),
                 function_entry: func.entry,
-                file: table.file(func, pc).map(text).unwrap_or_default(),
+                file,
                 line: table.line(func, pc),
                 pc,
                 mechanism: draft.mechanism,
-                reason: reason::of(draft.mechanism, &facts),
+                reason: reason::of(draft.mechanism, of_stack),
                 callee: draft.callee,
                 bit: draft.bit,
                 exits: draft.exits,
@@ -200,14 +247,14 @@ fn open_coded(code: &Code, findings: &Findings, namer: &Namer<'_, '_>) -> Vec<Dr
     findings
         .slot_stores
         .iter()
-        .map(|store| {
+        .map(|(index, store)| {
             let exits = exits.get(&store.bit).map(Vec::as_slice).unwrap_or_default();
             let direct = || exits.iter().find_map(|(_, target)| *target);
             let callee = namer
                 .name(store.closure, findings)
                 .or_else(|| direct().and_then(|target| namer.function_at(target)));
             Draft {
-                index: store.index,
+                index: *index,
                 mechanism: Mechanism::OpenCoded,
                 bit: Some(store.bit),
                 callee,

@@ -71,9 +71,11 @@ pub(super) fn of_process(counts: &Counts) -> Option<Runtime> {
 }
 
 /// What is not certain, a sentence each.
-pub(super) fn doubts(counts: &Counts) -> Vec<String> {
+pub(super) fn doubts(counts: &Counts, plan: &PoolPlan) -> Vec<String> {
     let Some(pool) = &counts.pool else {
-        return Vec::new();
+        let refused =
+            "pool outcomes are not measured: the kernel does not take the probes for them";
+        return Vec::from_iter(plan.probes.as_ref().map(|_| refused.to_owned()));
     };
     let PoolCounts {
         bad_pool,

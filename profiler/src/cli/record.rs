@@ -4,7 +4,7 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use deferprof_symbols::{Binary, Inventory, Probe, Site};
+use deferprof_symbols::{Binary, Frame, Inventory, Probe, Site, VirtualAddress};
 use jiff::Timestamp;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -15,7 +15,8 @@ use super::output::Outputs;
 use super::pool::{self, PoolPlan};
 use super::progress::Progress;
 use crate::engine::{
-    Calibration, Counts, DEFAULT_STACKS, LinkChoice, LinkKind, Request, Session, calibrate,
+    Calibration, Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, Request, Session,
+    calibrate,
 };
 use crate::profile::{self, Profile, RawStack, Recording, SiteCount, Target, Window};
 use crate::target::{Executable, PausedChild, Process, Signals, TargetError, Wake, wait};
@@ -313,14 +314,33 @@ impl<'a> Plan<'a> {
             stacks: self.stacks(),
             link: self.link,
         };
-        let session = Session::attach_with_pool(&request, self.pool.request().as_ref())?;
-        let probes = self.probes.len() + self.pool.probes();
+        let (session, probes) = self.attach(&request, progress)?;
         progress.detail(&format!(
             "attached {probes} probes in {:.1} ms ({})",
             start.elapsed().as_secs_f64() * 1e3,
             session.link().as_str()
         ));
         Ok(Armed { session, probes })
+    }
+
+    /// Attaches, also to the runtime's rare paths if that works here; says so if not.
+    fn attach(
+        &self,
+        request: &Request<'_>,
+        progress: &mut Progress,
+    ) -> anyhow::Result<(Session, usize)> {
+        let own = self.probes.len();
+        match Session::attach_with_pool(request, self.pool.request().as_ref()) {
+            Ok(session) => Ok((session, own + self.pool.probes())),
+            Err(EngineError::Rejected { .. } | EngineError::InvalidProbe { .. })
+                if self.pool.probes() > 0 =>
+            {
+                let session = Session::attach(request)?;
+                progress.say("warning: this kernel does not take the probes of the deferpool");
+                Ok((session, own))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn profile(
@@ -337,7 +357,7 @@ impl<'a> Plan<'a> {
         } = measured;
         let mut warnings = self.warnings.clone();
         warnings.extend(losses(&counts));
-        warnings.extend(pool::doubts(&counts));
+        warnings.extend(pool::doubts(&counts, &self.pool));
         let stacks = self.stacks.then(|| self.stacks_of(&counts));
         // Hits of other processes are paid for by them.
         let cost: f64 = self
@@ -388,30 +408,48 @@ impl<'a> Plan<'a> {
             }),
             warnings,
         };
-        Profile::new(recording, |address| self.binary.frames(address))
+        Profile::new(recording, |address| match address {
+            // The byte before, as for every return address.
+            VirtualAddress(a) if a == TRUNCATED.0 - 1 => vec![truncated_frame()],
+            _ => self.binary.frames(address),
+        })
     }
 
     /// The stacks, as addresses as linked. The leaf of each is the probed instruction, whose linked
-    /// address is known: the difference is the load bias.
+    /// address is known: the difference is the load bias. Shown is the statement instead, since the
+    /// probed instruction may belong to a call that was inlined behind it.
     fn stacks_of(&self, counts: &Counts) -> Vec<RawStack> {
         counts
             .stacks
             .iter()
             .filter_map(|stack| {
                 let site = self.sites.get(stack.site as usize)?;
-                let bias = stack
-                    .frames
-                    .first()?
-                    .wrapping_sub(site.registration.address.0);
-                let linked =
-                    |address: &u64| deferprof_symbols::VirtualAddress(address.wrapping_sub(bias));
+                let (leaf, callers) = stack.frames.split_first()?;
+                let bias = leaf.wrapping_sub(site.registration.address.0);
+                let linked = |address: &u64| VirtualAddress(address.wrapping_sub(bias));
                 Some(RawStack {
                     site: stack.site as usize,
-                    addresses: stack.frames.iter().map(linked).collect(),
+                    addresses: [site.pc]
+                        .into_iter()
+                        .chain(callers.iter().map(linked))
+                        .chain(stack.truncated.then_some(TRUNCATED))
+                        .collect(),
                     registered: stack.registered,
                 })
             })
             .collect()
+    }
+}
+
+/// Stands for the callers of a stack that was deeper than the kernel side walks.
+const TRUNCATED: VirtualAddress = VirtualAddress(u64::MAX);
+
+fn truncated_frame() -> Frame {
+    Frame {
+        function: "[truncated]".to_owned(),
+        file: String::new(),
+        line: 0,
+        start_line: 0,
     }
 }
 

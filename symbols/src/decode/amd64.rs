@@ -5,7 +5,7 @@ use iced_x86::{
     Mnemonic, OpAccess, OpKind, Register as IcedRegister,
 };
 
-use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet};
+use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet, ZeroTest};
 use crate::VirtualAddress;
 use crate::plan::InstructionKind;
 
@@ -37,6 +37,20 @@ fn translate(iced: &Iced, factory: &mut InstructionInfoFactory) -> Instruction {
     instruction.probeable = !iced.has_lock_prefix() && !iced.is_invalid();
     instruction.op = operation(iced);
     instruction.faults = faults(iced);
+    match iced.mnemonic() {
+        Mnemonic::Test
+            if iced.op0_register() == iced.op1_register() && iced.op0_register().is_gpr64() =>
+        {
+            instruction.tests = general(iced.op0_register());
+        }
+        Mnemonic::Je | Mnemonic::Jne => {
+            instruction.zero_test = Some(ZeroTest {
+                register: None,
+                taken_if_zero: iced.mnemonic() == Mnemonic::Je,
+            });
+        }
+        _ => {}
+    }
     if !is_fully_modelled(iced) {
         side_effects(iced, factory, &mut instruction);
     }
@@ -90,7 +104,7 @@ fn side_effects(iced: &Iced, factory: &mut InstructionInfoFactory, instruction: 
             instruction.op = store(place(iced), Operand::Unknown, size.max(1));
         }
     }
-    let known = written(instruction.op);
+    let known = instruction.op.written();
     for used in info.used_registers() {
         if let Some(register) = general(used.register())
             && writes(used.access())
@@ -329,22 +343,6 @@ fn is_setcc(iced: &Iced) -> bool {
             | Setp
             | Sets
     )
-}
-
-/// The register that an operation writes by its own account.
-fn written(op: Op) -> Option<Register> {
-    match op {
-        Op::Set(to, _)
-        | Op::Copy(to, _)
-        | Op::StackAddress(to, _)
-        | Op::Add(to, ..)
-        | Op::And(to, ..)
-        | Op::Or(to, ..)
-        | Op::Select(to, ..)
-        | Op::Boolean(to)
-        | Op::Load { to, .. } => Some(to),
-        Op::Other | Op::Store { .. } => None,
-    }
 }
 
 #[cfg(test)]

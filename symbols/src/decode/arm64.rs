@@ -2,7 +2,7 @@
 //! Arm Architecture Reference Manual (DDI 0487, chapter C4). What is not recognised clobbers every
 //! register that its fields could name.
 
-use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet};
+use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet, ZeroTest};
 use crate::VirtualAddress;
 use crate::plan::InstructionKind;
 
@@ -47,14 +47,23 @@ fn relative(address: VirtualAddress, words: i64) -> VirtualAddress {
 
 fn translate(address: VirtualAddress, word: u32) -> Instruction {
     let mut i = Instruction::new(address);
-    if branch(&mut i, word) || memory(&mut i, word) {
-        return i;
+    if !branch(&mut i, word) && !memory(&mut i, word) {
+        compute(&mut i, word);
     }
+    // All but the last instruction of a restartable sequence write the temporary register.
+    if i.op.written() == Some(REGTMP) || i.clobbers & bit(REGTMP) != 0 {
+        i.probeable = false;
+    }
+    i
+}
+
+/// Everything that neither branches nor accesses memory.
+fn compute(i: &mut Instruction, word: u32) {
+    let address = i.address;
     let (rd, rn, rm) = (register(word, 0), register(word, 5), register(word, 16));
     let wide = word >> 31 == 1;
     if word & 0x1f00_0000 == 0x1000_0000 {
         i.kind = InstructionKind::Address;
-        i.probeable = rd != REGTMP;
         let pages = signed(word, 5, 19) << 2 | i64::from(word >> 29 & 3);
         let value = match wide {
             true => (address.0 & !0xfff).wrapping_add_signed(pages << 12),
@@ -62,7 +71,7 @@ fn translate(address: VirtualAddress, word: u32) -> Instruction {
         };
         i.op = Op::Set(rd, value);
     } else if word & 0x1f80_0000 == 0x1100_0000 {
-        add_immediate(&mut i, word);
+        add_immediate(i, word);
     } else if word & 0x1f80_0000 == 0x1200_0000 {
         let opcode = word >> 29 & 3;
         let mask = logical_immediate(word, wide).map_or(Operand::Unknown, Operand::Immediate);
@@ -117,10 +126,6 @@ fn translate(address: VirtualAddress, word: u32) -> Instruction {
     } else {
         i.clobbers = bit(rd) | bit(rn) | bit(register(word, 10));
     }
-    if i.op != Op::Other && matches!(i.op, Op::Set(REGTMP, _) | Op::Add(REGTMP, ..)) {
-        i.probeable = false;
-    }
-    i
 }
 
 /// Branches, exceptions; true if it was one.
@@ -163,6 +168,13 @@ fn branch(i: &mut Instruction, word: u32) -> bool {
     };
     i.kind = kind;
     i.flow = flow;
+    // CBZ and CBNZ of a 64-bit register.
+    if word & 0xfe00_0000 == 0xb400_0000 {
+        i.zero_test = Some(ZeroTest {
+            register: Some(register(word, 0)),
+            taken_if_zero: word >> 24 & 1 == 0,
+        });
+    }
     true
 }
 
@@ -239,7 +251,13 @@ fn memory(i: &mut Instruction, word: u32) -> bool {
     let size = 1u8 << (word >> 30);
     if word & 0x3b00_0000 == 0x3900_0000 {
         // Unsigned scaled offset.
-        let displacement = i64::from(word >> 10 & 0xfff) * i64::from(size);
+        // A 16-byte vector register has size 0 and the upper bit of the opcode set.
+        let scale = if vector && word >> 23 & 1 == 1 {
+            16
+        } else {
+            size
+        };
+        let displacement = i64::from(word >> 10 & 0xfff) * i64::from(scale);
         i.faults = through;
         single(i, word, vector, place(rn, displacement), size, rt);
     } else if word & 0x3b20_0000 == 0x3800_0000 {

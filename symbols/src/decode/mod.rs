@@ -5,6 +5,8 @@
 
 mod amd64;
 mod arm64;
+#[cfg(test)]
+mod objdump;
 
 use crate::plan::InstructionKind;
 use crate::{Architecture, VirtualAddress};
@@ -28,6 +30,19 @@ pub(crate) struct Instruction {
     /// Registers that it overwrites with something unknown, besides what `op` says.
     pub clobbers: RegisterSet,
     pub faults: Faults,
+    /// The register whose being zero sets the zero flag, where it tests just that.
+    pub tests: Option<Register>,
+    /// For a conditional branch that asks whether something is zero.
+    pub zero_test: Option<ZeroTest>,
+}
+
+/// What a conditional branch on zero asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ZeroTest {
+    /// The register; `None` if it asks the flags.
+    pub register: Option<Register>,
+    /// Whether it branches if it is zero, or if it is not.
+    pub taken_if_zero: bool,
 }
 
 /// Where control goes next.
@@ -128,6 +143,24 @@ impl Architecture {
     }
 }
 
+impl Op {
+    /// The general register that it writes by its own account.
+    pub fn written(self) -> Option<Register> {
+        match self {
+            Self::Set(to, _)
+            | Self::Copy(to, _)
+            | Self::StackAddress(to, _)
+            | Self::Add(to, ..)
+            | Self::And(to, ..)
+            | Self::Or(to, ..)
+            | Self::Select(to, ..)
+            | Self::Boolean(to)
+            | Self::Load { to, .. } => Some(to),
+            Self::Other | Self::Store { .. } => None,
+        }
+    }
+}
+
 impl Instruction {
     fn new(address: VirtualAddress) -> Self {
         Self {
@@ -138,6 +171,8 @@ impl Instruction {
             op: Op::Other,
             clobbers: 0,
             faults: Faults::Never,
+            tests: None,
+            zero_test: None,
         }
     }
 }
