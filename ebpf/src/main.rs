@@ -12,6 +12,8 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod pool;
+
 use aya_ebpf::{
     EbpfContext as _, Global,
     bindings::{BPF_NOEXIST, bpf_pidns_info},
@@ -20,13 +22,15 @@ use aya_ebpf::{
         bpf_probe_read_user,
     },
     macros::{map, uprobe},
-    maps::{HashMap, PerCpuArray, PerCpuHashMap},
+    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap},
     programs::ProbeContext,
 };
 use deferprof_ebpf_common::{
     Event, MAX_FRAMES, SCRATCH_SLOTS, Scratch, Stack, StackHash, StackKey,
 };
 
+#[map]
+static COUNTING: Array<u64> = Array::with_max_entries(1, 0);
 // The sizes of these maps are set when they are loaded.
 #[map]
 static REGISTERED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
@@ -79,11 +83,10 @@ fn count_stacks(ctx: ProbeContext) -> u32 {
 /// Counts the hit for its site and returns that, if it is the target's and the site exists.
 #[inline(always)]
 fn registered(ctx: &ProbeContext) -> Option<u32> {
-    if current_tgid() != TGID.load() {
-        happened(Event::Foreign);
+    if !is_counting() {
         return None;
     }
-    // The high half is the role of the probe: none but `Role::Registered`, 0, so far.
+    // The high half is the role of the probe: none but `Role::Registered`, 0, runs this program.
     if let Some(cookie) = cookie(ctx)
         && cookie >> 32 == 0
         && let Some(counter) = REGISTERED.get_ptr_mut(cookie as u32)
@@ -107,6 +110,16 @@ fn cookie(ctx: &ProbeContext) -> Option<u64> {
     let address = unsafe { *registers.add(REGISTERS.0) };
     // SAFETY: nothing writes to the map while programs run.
     unsafe { COOKIES.get(&address) }.copied()
+}
+
+/// Whether hits of the current thread count now.
+#[inline(always)]
+fn is_counting() -> bool {
+    if current_tgid() != TGID.load() {
+        happened(Event::Foreign);
+        return false;
+    }
+    COUNTING.get(0).is_some_and(|counting| *counting != 0)
 }
 
 /// The thread group of the current thread, in the pid namespace in which `TGID` counts; 0 outside.

@@ -7,7 +7,7 @@ mod support;
 use std::collections::BTreeMap;
 
 use deferprof_fixtures::{Build, Fixture, Options, Running, Toolchain, Truth};
-use support::{Deferprof, or_skip, uprobes_work};
+use support::{Deferprof, as_the_runtime_names_it, or_skip, uprobes_work};
 
 /// How a recording is made.
 #[derive(Clone, Copy, Debug)]
@@ -30,16 +30,6 @@ fn counts(profile: &serde_json::Value) -> BTreeMap<(String, u64), u64> {
         }
     }
     counts
-}
-
-/// The runtime shows `[...]` for type arguments (`funcNameForPrint`), so the truth does.
-fn as_the_runtime_names_it(function: &str) -> String {
-    match (function.find('['), function.rfind(']')) {
-        (Some(open), Some(close)) if open < close => {
-            format!("{}[...{}", &function[..open], &function[close..])
-        }
-        _ => function.to_owned(),
-    }
 }
 
 fn expected(truth: &Truth) -> BTreeMap<(String, u64), u64> {

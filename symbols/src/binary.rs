@@ -8,8 +8,8 @@ use crate::module::Module;
 use crate::release::{KNOWN, Layout, Release};
 use crate::sites::Search;
 use crate::{
-    Architecture, BinaryInfo, FileOffset, Inventory, Mechanism, Result, VirtualAddress, pclntab,
-    reason,
+    Architecture, BinaryInfo, FileOffset, Inventory, Mechanism, PoolProbes, PoolUnavailable,
+    Result, VirtualAddress, pclntab, reason, runtime_probes,
 };
 
 /// A Go executable whose headers, release and function table have been found.
@@ -101,6 +101,14 @@ impl<'data> Binary<'data> {
             sites,
             warnings,
         })
+    }
+
+    /// The probes that tell where heap records came from.
+    ///
+    /// # Errors
+    /// Why this binary's runtime does not tell.
+    pub fn pool_probes(&self) -> std::result::Result<PoolProbes, PoolUnavailable> {
+        runtime_probes::pool(&self.image, &self.module, self.release)
     }
 
     #[cfg(any(test, feature = "fuzzing"))]

@@ -11,6 +11,7 @@ pub fn scan(bytes: &[u8]) {
     let Ok(binary) = Binary::parse(bytes) else {
         return;
     };
+    binary.pool_probes().ok();
     let Ok(inventory) = binary.inventory() else {
         return;
     };

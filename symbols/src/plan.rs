@@ -50,6 +50,8 @@ pub enum Basis {
     AfterSlotStore,
     /// It precedes the slot store in the same basic block; nothing between them can leave the block.
     BeforeSlotStore,
+    /// It is on a path of the runtime's own (see [`crate::PoolProbes`]).
+    RuntimePath,
 }
 
 /// One probe of a plan.
@@ -90,6 +92,7 @@ impl Basis {
             Self::SlotStore => "the slot store itself; its block has no exact emulated instruction",
             Self::AfterSlotStore => "after the slot store in its block",
             Self::BeforeSlotStore => "before the slot store in its block",
+            Self::RuntimePath => "on a path of the runtime's own",
         }
     }
 }

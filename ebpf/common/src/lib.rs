@@ -3,6 +3,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod pool;
+
 /// How many frames of a user stack are kept: as many as the kernel's own walk keeps unless told
 /// otherwise (PERF_MAX_STACK_DEPTH, include/uapi/linux/perf_event.h).
 pub const MAX_FRAMES: usize = 127;
@@ -34,6 +36,19 @@ pub mod name {
     pub const COOKIES: &str = "COOKIES";
     /// 1 if the kernel hands out no cookies, or one for many probes (`u32`).
     pub const BY_ADDRESS: &str = "BY_ADDRESS";
+    /// Not 0 while hits count (`u64`): probes are put in place and taken away one after another,
+    /// but all of them start and stop counting at the same instant.
+    pub const COUNTING: &str = "COUNTING";
+    /// The program on the runtime's rare paths.
+    pub const POOL_PROGRAM: &str = "pool";
+    /// By number in the cookie: the probe ([`PoolPoint`](crate::pool::PoolPoint)).
+    pub const POOL_POINTS: &str = "POOL_POINTS";
+    /// By return address as linked (`u64`): the site (`u32`).
+    pub const POOL_SITES: &str = "POOL_SITES";
+    /// Per CPU, by site and [`PoolOutcome`](crate::pool::PoolOutcome): how often (`u64`).
+    pub const POOL: &str = "POOL";
+    /// Per CPU, by [`PoolTotal`](crate::pool::PoolTotal): how often (`u64`).
+    pub const POOL_TOTALS: &str = "POOL_TOTALS";
     /// The thread group that is counted, as the namespace that was chosen numbers it (`u32`).
     pub const TGID: &str = "TGID";
     /// Inode of the pid namespace in which `TGID` counts, 0 for the initial one (`u64`).
@@ -51,6 +66,9 @@ pub mod name {
 pub enum Role {
     /// A defer statement executed.
     Registered = 0,
+    /// The runtime goes a rare path with a record. The low half is not a site but the index of
+    /// a [`PoolPoint`](pool::PoolPoint).
+    Pool = 1,
 }
 
 /// The 64 bits that say which probe was hit: the kernel hands them to the program (Linux 5.15), or

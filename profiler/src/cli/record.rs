@@ -12,9 +12,11 @@ use nix::unistd::Pid;
 use super::args::{AttachArgs, RecordArgs, RunArgs};
 use super::error::UsageError;
 use super::output::Outputs;
+use super::pool::{self, PoolPlan};
 use super::progress::Progress;
 use crate::engine::{
-    Calibration, Counts, DEFAULT_STACKS, LinkChoice, LinkKind, Request, Session, calibrate,
+    Calibration, Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, Request, Session,
+    calibrate,
 };
 use crate::profile::{self, Profile, RawStack, Recording, SiteCount, Target, Window};
 use crate::target::{Executable, PausedChild, Process, Signals, TargetError, Wake, wait};
@@ -158,6 +160,7 @@ struct Plan<'a> {
     binary: &'a Binary<'a>,
     sites: Vec<Site>,
     probes: Vec<Probe>,
+    pool: PoolPlan,
     warnings: Vec<String>,
     stacks: bool,
     link: LinkChoice,
@@ -223,7 +226,9 @@ impl<'a> Plan<'a> {
     ) -> anyhow::Result<Self> {
         let start = Instant::now();
         let Inventory {
-            sites, warnings, ..
+            sites,
+            mut warnings,
+            ..
         } = binary.inventory()?;
         progress.detail(&format!(
             "found {} sites in {:.1?}",
@@ -250,6 +255,8 @@ impl<'a> Plan<'a> {
             };
             return Err(UsageError(message).into());
         }
+        let (pool, without) = PoolPlan::new(binary, &sites);
+        warnings.extend(without);
         for warning in &warnings {
             progress.say(&format!("warning: {warning}"));
         }
@@ -265,6 +272,7 @@ impl<'a> Plan<'a> {
             binary,
             sites,
             probes,
+            pool,
             warnings,
             stacks,
             link,
@@ -295,21 +303,41 @@ impl<'a> Plan<'a> {
         progress: &mut Progress,
     ) -> anyhow::Result<Armed> {
         let start = Instant::now();
-        let session = Session::attach(&Request {
+        let request = Request {
             executable: executable.as_fd(),
             pid,
             probes: &self.probes,
             sites: u32::try_from(self.sites.len()).unwrap_or(u32::MAX),
             stacks: self.stacks(),
             link: self.link,
-        })?;
-        let probes = self.probes.len();
+        };
+        let (session, probes) = self.attach(&request, progress)?;
         progress.detail(&format!(
             "attached {probes} probes in {:.1} ms ({})",
             start.elapsed().as_secs_f64() * 1e3,
             session.link().as_str()
         ));
         Ok(Armed { session, probes })
+    }
+
+    /// Attaches, also to the runtime's rare paths if that works here; says so if not.
+    fn attach(
+        &self,
+        request: &Request<'_>,
+        progress: &mut Progress,
+    ) -> anyhow::Result<(Session, usize)> {
+        let own = self.probes.len();
+        match Session::attach_with_pool(request, self.pool.request().as_ref()) {
+            Ok(session) => Ok((session, own + self.pool.probes())),
+            Err(EngineError::Rejected { .. } | EngineError::InvalidProbe { .. })
+                if self.pool.probes() > 0 =>
+            {
+                let session = Session::attach(request)?;
+                progress.say("warning: this kernel does not take the probes of the deferpool");
+                Ok((session, own))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn profile(
@@ -326,6 +354,7 @@ impl<'a> Plan<'a> {
         } = measured;
         let mut warnings = self.warnings.clone();
         warnings.extend(losses(&counts));
+        warnings.extend(pool::doubts(&counts, &self.pool));
         let stacks = self.stacks.then(|| self.stacks_of(&counts));
         // Hits of other processes are paid for by them.
         let cost: f64 = self
@@ -340,7 +369,10 @@ impl<'a> Plan<'a> {
                 each * *registered as f64
             })
             .sum();
-        let counted: u64 = counts.registered.iter().sum();
+        let registered: u64 = counts.registered.iter().sum();
+        // The rest are on the runtime's rare paths, which are emulated as well.
+        let rare = counts.hits.saturating_sub(registered);
+        let cost = cost + calibration.emulated_ns * rare as f64;
         let recording = Recording {
             target: target(self.binary),
             engine: profile::Engine::Ebpf,
@@ -354,13 +386,18 @@ impl<'a> Plan<'a> {
                 .sites
                 .iter()
                 .zip(&counts.registered)
-                .map(|(site, registered)| SiteCount::new(site, Some(*registered)))
+                .enumerate()
+                .map(|(index, (site, registered))| SiteCount {
+                    pool: pool::of_site(&counts, index, site),
+                    ..SiteCount::new(site, Some(*registered))
+                })
                 .collect(),
+            runtime: pool::of_process(&counts),
             stacks,
             overhead: Some(profile::Overhead {
                 probes: probes as u64,
                 hits: counts.hits,
-                ns_per_hit: (counted > 0).then(|| cost / counted as f64),
+                ns_per_hit: (counts.hits > 0).then(|| cost / counts.hits as f64),
                 target_share: (window.observed_ns > 0).then(|| cost / window.observed_ns as f64),
             }),
             loss: Some(profile::Loss {

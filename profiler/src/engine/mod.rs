@@ -8,6 +8,7 @@ mod calibrate;
 pub mod ebpf;
 mod error;
 pub mod features;
+mod pool;
 mod probed_loop;
 
 use std::{num::NonZeroU32, os::fd::BorrowedFd};
@@ -19,6 +20,7 @@ pub use self::{
     calibrate::{Calibration, calibrate},
     ebpf::Session,
     error::{Capability, EngineError},
+    pool::{PoolCounts, PoolOutcomes, PoolRequest},
 };
 pub(crate) use self::{ebpf::in_initial_pid_namespace, error::setting};
 
@@ -94,6 +96,8 @@ pub struct Counts {
     /// By site: how many of `registered` are in no stack. Once detached, for every site
     /// `registered` = its stacks' sum + `stacks_lost`. Empty if no stacks were asked for.
     pub stacks_lost: Vec<u64>,
+    /// Where heap records came from; `None` if not asked for.
+    pub pool: Option<PoolCounts>,
     /// What was not counted, and why.
     pub loss: Loss,
 }

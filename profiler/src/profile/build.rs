@@ -6,8 +6,8 @@ use deferprof_symbols::{Frame, Site, VirtualAddress};
 
 use super::load::Schema;
 use super::{
-    Engine, LinkKind, Loss, Overhead, Profile, ProfileSite, SiteInfo, Stack, StackFrame, Target,
-    Window,
+    Engine, LinkKind, Loss, Overhead, Pool, Profile, ProfileSite, Runtime, SiteInfo, Stack,
+    StackFrame, Target, Window,
 };
 use crate::cost::CostTable;
 
@@ -25,6 +25,8 @@ pub struct Recording {
     /// Every site that was asked for (after `--include` and `--exclude`), in the inventory's
     /// order, with its count: also those that never ran.
     pub sites: Vec<SiteCount>,
+    /// The deferpool of the whole process, if it was measured.
+    pub runtime: Option<Runtime>,
     /// Call stacks, or `None` if they were not asked for.
     pub stacks: Option<Vec<RawStack>>,
     /// What the profiler cost the target.
@@ -42,6 +44,8 @@ pub struct SiteCount {
     pub info: SiteInfo,
     /// How often it registered; `None` if it could not be watched.
     pub registered: Option<u64>,
+    /// Where its records came from, if that was measured.
+    pub pool: Option<Pool>,
 }
 
 /// One call stack as an engine saw it.
@@ -62,6 +66,7 @@ impl SiteCount {
         Self {
             info: SiteInfo::from(site),
             registered,
+            pool: None,
         }
     }
 }
@@ -86,20 +91,26 @@ impl Profile {
         let sites: Vec<ProfileSite> = recording
             .sites
             .into_iter()
-            .map(|SiteCount { info, registered }| {
-                let cost = registered.and_then(|n| costs.cost_ns(info.mechanism, n));
-                let saving = registered.and_then(|n| costs.saving_ns(info.mechanism, n));
-                ProfileSite {
-                    info,
-                    registered,
-                    ran: None,
-                    pool: None,
-                    latency_ns: None,
-                    estimated: None,
-                    cost_ns: cost,
-                    saving_ns: saving,
-                }
-            })
+            .map(
+                |SiteCount {
+                     info,
+                     registered,
+                     pool,
+                 }| {
+                    let cost = registered.and_then(|n| costs.cost_ns(info.mechanism, n));
+                    let saving = registered.and_then(|n| costs.saving_ns(info.mechanism, n));
+                    ProfileSite {
+                        info,
+                        registered,
+                        ran: None,
+                        pool,
+                        latency_ns: None,
+                        estimated: None,
+                        cost_ns: cost,
+                        saving_ns: saving,
+                    }
+                },
+            )
             .collect();
 
         let mut resolver = Resolver::new(frames);
@@ -127,7 +138,7 @@ impl Profile {
             link: recording.link,
             window: recording.window,
             sites,
-            runtime: None,
+            runtime: recording.runtime,
             frames: stacks.is_some().then_some(resolver.table),
             stacks,
             overhead: recording.overhead,
@@ -241,6 +252,7 @@ mod tests {
                 bit: None,
             },
             registered,
+            pool: None,
         }
     }
 
@@ -255,6 +267,7 @@ mod tests {
                 build_id: None,
             },
             engine: Engine::Ebpf,
+            runtime: None,
             link: None,
             window: Window {
                 start: jiff::Timestamp::UNIX_EPOCH,

@@ -53,6 +53,16 @@ pub fn or_skip<T>(what: &str, result: deferprof_fixtures::Result<T>) -> Option<T
     }
 }
 
+/// The runtime shows `[...]` for type arguments (`funcNameForPrint`), so the truth does.
+pub fn as_the_runtime_names_it(function: &str) -> String {
+    match (function.find('['), function.rfind(']')) {
+        (Some(open), Some(close)) if open < close => {
+            format!("{}[...{}", &function[..open], &function[close..])
+        }
+        _ => function.to_owned(),
+    }
+}
+
 /// A `deferprof` that records.
 pub struct Deferprof {
     child: Child,

@@ -4,7 +4,10 @@ use std::{collections::HashMap, io, os::fd::BorrowedFd};
 
 use deferprof_ebpf_common::{Event, MAX_FRAMES, name};
 
-use super::sys::{self, Map};
+use super::{
+    pool::PoolCounters,
+    sys::{self, Map},
+};
 use crate::engine::{Counts, EngineError, Loss, StackCount};
 
 /// The maps of one session.
@@ -13,6 +16,7 @@ pub(super) struct Counters {
     registered: Map,
     events: Map,
     stacks: Option<Stacks>,
+    pool: Option<PoolCounters>,
     sites: u32,
 }
 
@@ -30,6 +34,7 @@ impl Counters {
         mut maps: HashMap<&'static str, Map>,
         sites: u32,
         stacks: bool,
+        pool: Option<PoolCounters>,
     ) -> Result<Self, EngineError> {
         let mut take = |name: &'static str| {
             maps.remove(name).ok_or_else(|| EngineError::Object {
@@ -49,6 +54,7 @@ impl Counters {
             } else {
                 None
             },
+            pool,
             sites,
         })
     }
@@ -72,6 +78,12 @@ impl Counters {
                 stack_busy: event(Event::ScratchBusy),
             };
             counts.hits = counts.registered.iter().sum::<u64>() + counts.loss.unknown_site;
+            if let Some(pool) = &self.pool {
+                let pool = pool.read()?;
+                counts.hits += pool.all_refills + pool.empty + pool.bad_pool;
+                counts.hits += pool.all_misses + pool.all_spills;
+                counts.pool = Some(pool);
+            }
             Ok(counts)
         };
         read().map_err(|error| EngineError::system("read the eBPF counters", error))
@@ -119,7 +131,7 @@ impl Stacks {
 }
 
 /// The first `length` sums of a per-CPU array of `u64`.
-fn per_cpu_array(map: &Map, length: u32) -> io::Result<Vec<u64>> {
+pub(super) fn per_cpu_array(map: &Map, length: u32) -> io::Result<Vec<u64>> {
     let mut per_cpu = vec![0; map.value_size()];
     (0..length)
         .map(|index| {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use aya_obj::generated::bpf_insn;
+use deferprof_ebpf_common::Role;
 use deferprof_symbols::Probe;
 use nix::{libc, unistd::Pid};
 
@@ -35,11 +36,15 @@ impl Links {
         path: &CStr,
         probes: &[Probe],
         pid: Pid,
+        role: Role,
     ) -> Result<Self, EngineError> {
         match kind {
-            LinkKind::UprobeMulti => multi::attach(program, path, probes, pid).map(Self::Multi),
+            LinkKind::UprobeMulti => {
+                multi::attach(program, path, probes, pid, role).map(Self::Multi)
+            }
+            // Sites by address: only probes of one role can be told apart.
             LinkKind::TraceEvent => tracefs::attach(program, path, probes, pid).map(Self::Trace),
-            LinkKind::PerfEvent => perf::attach(program, path, probes, pid).map(Self::Perf),
+            LinkKind::PerfEvent => perf::attach(program, path, probes, pid, role).map(Self::Perf),
         }
     }
 }

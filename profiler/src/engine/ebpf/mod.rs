@@ -2,6 +2,8 @@
 //!
 //! One program runs at every hit. Its cookie says which site it is, and it adds 1 to that site's
 //! per-CPU counter; nothing is sent anywhere, user space reads the counters when it wants to.
+//! Another program is on the runtime's rare paths ([`pool`]). Probes are put in place one after
+//! another, so all of them count from one instant on that user space chooses.
 //! Kernel side: ebpf/src/main.rs.
 
 mod counters;
@@ -11,24 +13,30 @@ mod multi;
 mod object;
 mod perf;
 mod place;
+mod pool;
 mod sys;
 mod tracefs;
 
 use std::os::fd::{AsFd as _, OwnedFd};
+
+use deferprof_ebpf_common::{Role, name};
 
 use self::{
     counters::Counters,
     group::Groups,
     links::Links,
     object::{Loaded, Options},
+    pool::PoolCounters,
+    sys::Map,
 };
 pub(crate) use self::{links::has_cookies, object::in_initial_pid_namespace};
-use super::{Counts, EngineError, LinkChoice, LinkKind, Request};
+use super::{Counts, EngineError, LinkChoice, LinkKind, PoolRequest, Request};
 
 /// Probes that are attached. Dropping it detaches them, and the kernel does if this process dies.
 #[derive(Debug)]
 pub struct Session {
-    links: Links,
+    links: (Links, Option<Links>),
+    counting: Map,
     kind: LinkKind,
     counters: Counters,
     /// Counts how often the kernel left it out.
@@ -44,6 +52,18 @@ impl Session {
     ///
     /// [`EngineError`] says what is missing and how to get it. Nothing stays attached then.
     pub fn attach(request: &Request<'_>) -> Result<Self, EngineError> {
+        Self::attach_with_pool(request, None)
+    }
+
+    /// Attaches probes to a process, and to the runtime's rare paths.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::attach`].
+    pub fn attach_with_pool(
+        request: &Request<'_>,
+        pool: Option<&PoolRequest<'_>>,
+    ) -> Result<Self, EngineError> {
         let outside = request
             .probes
             .iter()
@@ -55,7 +75,8 @@ impl Session {
                 sites: request.sites,
             });
         }
-        let (kind, loaded) = load(request)?;
+        let (kind, mut loaded) = load(request, pool)?;
+        let path = sys::path_of(request.executable);
         let mut groups = None;
         let (mut probes, mut sites) = (request.probes, request.sites);
         if links::addresses(kind, probes.len()) > 0 {
@@ -69,17 +90,43 @@ impl Session {
         let links = Links::attach(
             kind,
             &loaded.program,
-            &sys::path_of(request.executable),
+            &path,
             probes,
             request.pid,
+            Role::Registered,
         )?;
-        Ok(Self {
-            links,
+        let (mut pool_links, mut pool_counters) = (None, None);
+        if let (Some(pool), Some(program)) = (pool, loaded.pool) {
+            pool::fill(&loaded.maps, pool)?;
+            let probes = pool::probes(pool);
+            let links = Links::attach(kind, &program, &path, &probes, request.pid, Role::Pool)?;
+            pool_links = Some(links);
+            let counters = PoolCounters::new(&mut loaded.maps, program, request.sites)?;
+            pool_counters = Some(counters);
+        }
+        let counting = loaded.maps.remove(name::COUNTING);
+        let stacks = request.stacks.is_some();
+        let session = Self {
+            links: (links, pool_links),
+            counting: counting.ok_or_else(|| EngineError::Object {
+                origin: "of this session".into(),
+                reason: format!("it has no map `{}`", name::COUNTING),
+            })?,
             kind,
-            counters: Counters::new(loaded.maps, sites, request.stacks.is_some())?,
+            counters: Counters::new(loaded.maps, sites, stacks, pool_counters)?,
             program: loaded.program,
             groups,
-        })
+        };
+        session.count(true)?;
+        Ok(session)
+    }
+
+    /// Starts or stops all counting at one instant.
+    fn count(&self, counts: bool) -> Result<(), EngineError> {
+        let value = u64::from(counts).to_ne_bytes().to_vec();
+        self.counting
+            .update(&0_u32.to_ne_bytes(), value)
+            .map_err(|error| EngineError::system("start or stop the eBPF counters", error))
     }
 
     /// Which kind of link it uses.
@@ -105,6 +152,7 @@ impl Session {
     ///
     /// As [`Session::read`]. It is detached all the same.
     pub fn detach(self) -> Result<Counts, EngineError> {
+        self.count(false)?;
         let Self {
             links,
             counters,
@@ -131,15 +179,22 @@ fn by_site(groups: Option<&Groups>, counts: Counts) -> Counts {
 ///
 /// Why they do not.
 pub fn supports(kind: LinkKind) -> Result<(), EngineError> {
-    load_for(kind, 0, 1, 1, None).map(drop)
+    load_for(kind, 0, 1, 1, None, None).map(drop)
 }
 
 /// Loads the program for the link that was asked for, or for the best that works.
-fn load(request: &Request<'_>) -> Result<(LinkKind, Loaded), EngineError> {
+fn load(
+    request: &Request<'_>,
+    pool: Option<&PoolRequest<'_>>,
+) -> Result<(LinkKind, Loaded), EngineError> {
     let tgid = request.pid.as_raw() as u32;
     let stacks = request.stacks.map(std::num::NonZeroU32::get);
     let probes = request.probes.len();
-    let load = |kind| Ok((kind, load_for(kind, tgid, request.sites, probes, stacks)?));
+    let pool = pool.map(pool::Sizes::of);
+    let load = |kind| {
+        let loaded = load_for(kind, tgid, request.sites, probes, stacks, pool)?;
+        Ok((kind, loaded))
+    };
     match request.link {
         LinkChoice::Only(kind) => load(kind),
         LinkChoice::Auto => {
@@ -184,6 +239,7 @@ fn load_for(
     sites: u32,
     probes: usize,
     stacks: Option<u32>,
+    pool: Option<pool::Sizes>,
 ) -> Result<Loaded, EngineError> {
     let addresses = links::addresses(kind, probes);
     let loaded = object::load(&Options {
@@ -192,6 +248,8 @@ fn load_for(
         stacks,
         multi: kind == LinkKind::UprobeMulti,
         addresses,
+        // Without cookies its probes cannot be told from those of sites.
+        pool: pool.filter(|_| addresses == 0),
     })?;
     links::is_supported(kind, &loaded.program)?;
     Ok(loaded)

@@ -20,8 +20,9 @@ pub(super) fn attach(
     path: &CStr,
     probes: &[Probe],
     pid: Pid,
+    role: Role,
 ) -> Result<OwnedFd, EngineError> {
-    let link = |probes: &[Probe]| link(program.as_fd(), path, probes, pid);
+    let link = |probes: &[Probe]| link(program.as_fd(), path, probes, pid, role);
     link(probes).map_err(|error| {
         let action = || format!("attach {} probes with a uprobe_multi link", probes.len());
         match error.raw_os_error() {
@@ -51,10 +52,16 @@ pub(super) fn is_supported(program: BorrowedFd<'_>) -> Result<(), io::Error> {
     }
 }
 
-fn link(program: BorrowedFd<'_>, path: &CStr, probes: &[Probe], pid: Pid) -> io::Result<OwnedFd> {
+fn link(
+    program: BorrowedFd<'_>,
+    path: &CStr,
+    probes: &[Probe],
+    pid: Pid,
+    role: Role,
+) -> io::Result<OwnedFd> {
     let (offsets, cookies): (Vec<_>, Vec<_>) = probes
         .iter()
-        .map(|probe| (probe.offset.0, Cookie::new(Role::Registered, probe.site).0))
+        .map(|probe| (probe.offset.0, Cookie::new(role, probe.site).0))
         .unzip();
     // The program filters as well, so that on a kernel that leaves out other threads than the first
     // all processes may report.

@@ -15,10 +15,13 @@ use aya_obj::{
     EbpfSectionKind, Object,
     generated::{bpf_insn, bpf_map_type},
 };
-use deferprof_ebpf_common::{Cookie, Role, name};
+use deferprof_ebpf_common::{Cookie, Role, name, pool::PoolOutcome};
 use deferprof_symbols::Probe;
 
-use super::sys::{self, Map, MapSpec};
+use super::{
+    pool,
+    sys::{self, Map, MapSpec},
+};
 use crate::engine::{
     EngineError,
     error::Capability::{self, Bpf, Perfmon},
@@ -61,13 +64,17 @@ pub(super) struct Options {
     pub(super) multi: bool,
     /// How many probes the program tells apart by their address; 0 if by the kernel's cookie.
     pub(super) addresses: u32,
+    /// Also load the program on the runtime's rare paths.
+    pub(super) pool: Option<pool::Sizes>,
 }
 
-/// The maps by name, and the program that uses them.
+/// The maps by name, and the programs that use them.
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub(super) maps: HashMap<&'static str, Map>,
     pub(super) program: OwnedFd,
+    /// The one on the runtime's rare paths, if it was wanted.
+    pub(super) pool: Option<OwnedFd>,
 }
 
 impl Loaded {
@@ -127,26 +134,33 @@ fn load_from(
     set_variables(&mut object, options, preemptible)
         .map_err(|error| unusable(error.to_string()))?;
 
-    // Only the one program that is wanted, so that only its maps are needed.
-    let wanted = if options.stacks.is_some() {
+    // Only the programs that are wanted, so that only their maps are needed.
+    let count = if options.stacks.is_some() {
         name::COUNT_STACKS
     } else {
         name::COUNT
     };
-    object.programs.retain(|name, _| name == wanted);
-    let Some(key) = object
+    let wanted: Vec<_> = std::iter::once(count)
+        .chain(options.pool.map(|_| name::POOL_PROGRAM))
+        .collect();
+    object
         .programs
-        .get(wanted)
-        .map(|program| program.function_key())
-    else {
-        return Err(unusable(format!("it has no program `{wanted}`")));
-    };
+        .retain(|name, _| wanted.contains(&name.as_str()));
+    let mut keys = Vec::new();
+    for wanted in &wanted {
+        let Some(program) = object.programs.get(*wanted) else {
+            return Err(unusable(format!("it has no program `{wanted}`")));
+        };
+        keys.push(program.function_key());
+    }
     let text_sections = object
         .functions
         .keys()
         .map(|(section, _)| *section)
         .collect();
-    object.functions.retain(|function, _| *function == key);
+    object
+        .functions
+        .retain(|function, _| keys.contains(function));
 
     let maps = create_maps(&object, options, &unusable)?;
     let relocations: Vec<_> = maps
@@ -166,19 +180,30 @@ fn load_from(
         .and_then(|()| object.relocate_calls(&text_sections))
         .map_err(|error| unusable(format!("{error}: {:?}", std::error::Error::source(&error))))?;
 
-    let mut instructions = object.functions[&key].instructions.clone();
-    if !preemptible {
-        without_exchange(&mut instructions);
+    let mut programs = Vec::new();
+    for (wanted, key) in wanted.iter().zip(&keys) {
+        let mut instructions = object.functions[key].instructions.clone();
+        if !preemptible {
+            without_exchange(&mut instructions);
+        }
+        let program = sys::load_program(
+            &format!("defer_{wanted}"),
+            &instructions,
+            &object.license,
+            options.multi,
+        );
+        programs.push(program.map_err(|(error, log)| program_error(wanted, error, &log))?);
     }
-    let license = &object.license;
-    let program = sys::load_program(
-        &format!("defer_{wanted}"),
-        &instructions,
-        license,
-        options.multi,
-    )
-    .map_err(|(error, log)| program_error(wanted, error, &log))?;
-    Ok(Loaded { maps, program })
+    let mut programs = programs.into_iter();
+    let Some(program) = programs.next() else {
+        return Err(unusable("it has no program".into()));
+    };
+    let pool = programs.next();
+    Ok(Loaded {
+        maps,
+        program,
+        pool,
+    })
 }
 
 /// Puts a move of 0 in the place of each BPF_XCHG. Before Linux 5.12 the kernel refuses a program that
@@ -250,6 +275,7 @@ fn create_maps(
     let sites = options.sites.max(1);
     let mut sizes = vec![
         (RODATA, None),
+        (name::COUNTING, None),
         (name::REGISTERED, Some(sites)),
         (name::EVENTS, None),
         (name::COOKIES, Some(options.addresses.max(1))),
@@ -260,6 +286,14 @@ fn create_maps(
             (name::STACK_COUNTS, Some(stacks)),
             (name::STACKS_LOST, Some(sites)),
             (name::SCRATCH, None),
+        ]);
+    }
+    if let Some(pool) = options.pool {
+        sizes.extend([
+            (name::POOL_POINTS, Some(pool.points)),
+            (name::POOL_SITES, Some(pool.returns)),
+            (name::POOL, Some(sites.saturating_mul(PoolOutcome::COUNT))),
+            (name::POOL_TOTALS, None),
         ]);
     }
     let cpus = possible_cpus()?;

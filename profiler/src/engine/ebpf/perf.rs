@@ -52,6 +52,7 @@ pub(super) fn attach(
     path: &CStr,
     probes: &[Probe],
     pid: Pid,
+    role: Role,
 ) -> Result<PerfLinks, EngineError> {
     let kind = event_type().map_err(|error| EngineError::NotSupported {
         action: "attach probes with perf events".into(),
@@ -61,7 +62,7 @@ pub(super) fn attach(
     // Dropped on an error, and then the ones attached so far are closed together.
     let mut attached = PerfLinks(Vec::with_capacity(probes.len()));
     for probe in probes {
-        let link = link(program.as_fd(), path, kind, probe, pid);
+        let link = link(program.as_fd(), path, kind, probe, pid, role);
         attached
             .0
             .push(link.map_err(|error| explain(error, probe, probes.len(), pid))?);
@@ -75,13 +76,14 @@ fn link(
     kind: u32,
     probe: &Probe,
     pid: Pid,
+    role: Role,
 ) -> io::Result<OwnedFd> {
     let event = sys::open_uprobe(kind, path, probe.offset.0, pid)?;
     if !links::has_cookies() {
         sys::set_program(event.as_fd(), program)?;
         return Ok(event);
     }
-    let cookie = Cookie::new(Role::Registered, probe.site);
+    let cookie = Cookie::new(role, probe.site);
     sys::link_perf_event(program, event.as_fd(), cookie.0)
 }
 
