@@ -104,6 +104,6 @@ mod tests {
         assert_eq!(counts.hits, 23);
         let sites: Vec<_> = counts.stacks.iter().map(|stack| stack.site).collect();
         assert_eq!(sites, [0, 2]);
-        assert_eq!(counts.stacks_lost, []);
+        assert!(counts.stacks_lost.is_empty());
     }
 }
