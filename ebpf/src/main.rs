@@ -1,8 +1,9 @@
 //! The programs that run in the kernel at each hit of a probe.
 //!
-//! They must load on every kernel from 5.15 (attach cookies) on, x86-64 and arm64, without BTF, so
-//! they are plain: no subprograms, no kfuncs, no ring buffer, no event a hit. Everything goes into
-//! maps that user space polls.
+//! They must load on every kernel from 5.8 on, x86-64 and arm64, without BTF, so they are plain: no
+//! subprograms, no kfuncs, no ring buffer, no event a hit. Everything goes into maps that user space
+//! polls. What a kernel lacks is behind a constant: the verifier skips a branch that cannot be
+//! taken, unknown helpers in it and all.
 //!
 //! Per-CPU counters are added to atomically: from Linux 6.0 on, uprobe programs run preemptible
 //! (bpf_prog_run_array_uprobe only disables migration), so another thread of the target may
@@ -43,6 +44,8 @@ static STACK_COUNTS: PerCpuHashMap<StackKey, u64> = PerCpuHashMap::with_max_entr
 static STACKS_LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCH_SLOTS, 0);
+#[map]
+static COOKIES: HashMap<u64, u64> = HashMap::with_max_entries(1, 0);
 
 // Read-only to the verifier, which prunes the branches they rule out.
 #[unsafe(no_mangle)]
@@ -53,6 +56,8 @@ static PIDNS_INODE: Global<u64> = Global::new(0);
 static PIDNS_DEVICE: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static PREEMPTIBLE: Global<u32> = Global::new(1);
+#[unsafe(no_mangle)]
+static BY_ADDRESS: Global<u32> = Global::new(0);
 
 /// Counts the hit.
 #[uprobe]
@@ -82,9 +87,8 @@ fn registered(ctx: &ProbeContext) -> Option<u32> {
         return None;
     }
     // The high half is the role of the probe: none but `Role::Registered`, 0, runs this program.
-    // SAFETY: the context is the one this program was called with.
-    let cookie = unsafe { bpf_get_attach_cookie(ctx.as_ptr()) };
-    if cookie >> 32 == 0
+    if let Some(cookie) = cookie(ctx)
+        && cookie >> 32 == 0
         && let Some(counter) = REGISTERED.get_ptr_mut(cookie as u32)
     {
         add_one(counter);
@@ -102,6 +106,20 @@ fn is_counting() -> bool {
         return false;
     }
     COUNTING.get(0).is_some_and(|counting| *counting != 0)
+}
+
+/// The cookie of the probe that was hit: the kernel's, or by the instruction's runtime address.
+#[inline(always)]
+fn cookie(ctx: &ProbeContext) -> Option<u64> {
+    if BY_ADDRESS.load() == 0 {
+        // SAFETY: the context is the one this program was called with.
+        return Some(unsafe { bpf_get_attach_cookie(ctx.as_ptr()) });
+    }
+    let registers = ctx.as_ptr().cast::<u64>();
+    // SAFETY: the context is a `struct pt_regs`, which has the word.
+    let address = unsafe { *registers.add(REGISTERS.0) };
+    // SAFETY: nothing writes to the map while programs run.
+    unsafe { COOKIES.get(&address) }.copied()
 }
 
 /// The thread group of the current thread, in the pid namespace in which `TGID` counts; 0 outside.

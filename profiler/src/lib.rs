@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod cost;
+pub mod doctor;
 pub mod engine;
 pub mod profile;
 pub mod rank;

@@ -79,6 +79,14 @@ impl Code {
         depth.wrapping_sub(8).wrapping_sub(displacement)
     }
 
+    /// Whether the frame pointer is the function's own at an instruction: not before the prologue
+    /// has set it, nor at a call of Duff's device, for which amd64 code borrows RBP
+    /// (`cmd/internal/obj/x86/obj6.go`).
+    pub fn has_frame_pointer(&self, index: usize) -> bool {
+        let set_up = self.depths.get(index).is_some_and(|depth| *depth > 0);
+        set_up && self.callees.get(index) != Some(&Callee::Duff)
+    }
+
     /// The block that contains an instruction.
     pub fn block_of(&self, index: usize) -> Option<&Block> {
         let after = self.blocks.partition_point(|b| b.range.start <= index);

@@ -39,6 +39,7 @@ mod reason;
 mod release;
 mod runtime_probes;
 mod sites;
+mod state;
 mod value;
 
 pub use address::{FileOffset, VirtualAddress};

@@ -4,8 +4,10 @@
 //! Inside a basic block every instruction executes as often as its neighbour, unless a panic starts
 //! between them. So the search goes from the slot store forwards to the end of its block and of
 //! those that it alone leads to, then backwards to its start and past detours, and stops at whatever
-//! may panic: a call that is not known to return, or an access through a pointer that may be nil. A CALL itself may be probed when it comes after the
-//! store (the trap is taken before the callee starts), and before it only if it always returns.
+//! may panic: a call that is not known to return, or an access through a pointer that may be nil. A
+//! CALL itself may be probed when it comes after the store (the trap is taken before the callee
+//! starts), and before it only if it always returns. Passed over is what has no frame pointer of the
+//! function's own, without which the stack cannot be walked.
 
 use crate::code::{Block, Code};
 use crate::elf::Image;
@@ -35,6 +37,7 @@ pub(crate) fn open_coded(
         code.instructions
             .get(index)
             .is_some_and(|i| i.probeable && i.kind.is_emulated())
+            && code.has_frame_pointer(index)
     };
     let diverts = |index: usize| findings.diverts.get(index).copied().unwrap_or(true);
     let block = code.block_of(store)?;

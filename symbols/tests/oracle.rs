@@ -149,16 +149,19 @@ fn toolchain(name: &str, release: &str, arch: Arch) {
 }
 
 macro_rules! toolchain_tests {
-    ($($test:ident: $name:literal $release:literal;)*) => {
-        $(#[test] fn $test() { toolchain($name, $release, Arch::Amd64); })*
+    ($($test:ident: $name:literal $release:literal $arch:ident;)*) => {
+        $(#[test] fn $test() { toolchain($name, $release, Arch::$arch); })*
     };
 }
 
 toolchain_tests! {
-    go_1_21: "go" "1.21";
-    go_1_27: "go" "1.27";
-    compile_1_21: "compile" "1.21";
-    compile_1_27: "compile" "1.27";
-    gofmt_1_21: "gofmt" "1.21";
-    gofmt_1_27: "gofmt" "1.27";
+    go_1_21: "go" "1.21" Amd64;
+    go_1_27: "go" "1.27" Amd64;
+    compile_1_21: "compile" "1.21" Amd64;
+    compile_1_27: "compile" "1.27" Amd64;
+    gofmt_1_21: "gofmt" "1.21" Amd64;
+    gofmt_1_27: "gofmt" "1.27" Amd64;
+    gofmt_1_21_arm64: "gofmt" "1.21" Arm64;
+    gofmt_1_27_arm64: "gofmt" "1.27" Arm64;
+    go_1_27_arm64: "go" "1.27" Arm64;
 }

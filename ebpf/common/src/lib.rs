@@ -44,6 +44,11 @@ pub mod name {
     pub const POOL: &str = "POOL";
     /// Per CPU, by [`PoolTotal`](crate::pool::PoolTotal): how often (`u64`).
     pub const POOL_TOTALS: &str = "POOL_TOTALS";
+    /// By runtime address of the probed instruction: the probe's cookie (`u64` both). Read only if
+    /// [`BY_ADDRESS`] is set.
+    pub const COOKIES: &str = "COOKIES";
+    /// 1 if the kernel hands out no cookies, or one for many probes (`u32`).
+    pub const BY_ADDRESS: &str = "BY_ADDRESS";
     /// The thread group that is counted, as the namespace that was chosen numbers it (`u32`).
     pub const TGID: &str = "TGID";
     /// Inode of the pid namespace in which `TGID` counts, 0 for the initial one (`u64`).
@@ -66,7 +71,8 @@ pub enum Role {
     Pool = 1,
 }
 
-/// The 64 bits that the kernel hands to the program with each hit of a probe.
+/// The 64 bits that say which probe was hit: the kernel hands them to the program (Linux 5.15), or
+/// the program finds them by address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cookie(pub u64);
 

@@ -48,6 +48,9 @@ pub enum Command {
     Run(RunArgs),
     /// Show a saved profile (JSON) again, in any format.
     Report(ReportArgs),
+    /// Say what works here, what is missing, and how to get it; exit status 3 if nothing can be
+    /// profiled.
+    Doctor(DoctorArgs),
 }
 
 /// `scan`.
@@ -69,7 +72,7 @@ pub enum ScanFormat {
     /// For people.
     #[default]
     Table,
-    /// Schema deferprof.scan/1.
+    /// For programs.
     Json,
 }
 
@@ -152,6 +155,17 @@ pub struct ReportArgs {
     pub file: PathBuf,
 }
 
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Output format.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: ScanFormat,
+    /// Also look at this process.
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: Option<i32>,
+}
+
 /// A [`LinkChoice`] by name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LinkArg {
@@ -159,8 +173,13 @@ pub enum LinkArg {
     #[default]
     Auto,
     /// One uprobe_multi link.
+    #[value(alias = "uprobe_multi")]
     Multi,
+    /// One trace event.
+    #[value(alias = "trace_event")]
+    Trace,
     /// A perf event a probe.
+    #[value(alias = "perf_event")]
     Perf,
 }
 
@@ -169,6 +188,7 @@ impl From<LinkArg> for LinkChoice {
         match argument {
             LinkArg::Auto => Self::Auto,
             LinkArg::Multi => Self::Only(LinkKind::UprobeMulti),
+            LinkArg::Trace => Self::Only(LinkKind::TraceEvent),
             LinkArg::Perf => Self::Only(LinkKind::PerfEvent),
         }
     }

@@ -14,9 +14,11 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Parser as _;
 use deferprof_symbols::Binary;
+use nix::unistd::Pid;
 
-use self::args::{Cli, Command, ReportArgs, ScanArgs, ScanFormat};
+use self::args::{Cli, Command, DoctorArgs, ReportArgs, ScanArgs, ScanFormat};
 use self::output::Outputs;
+use crate::doctor;
 use crate::profile::{Profile, Scan};
 use crate::report::{Json, Options, ScanExplained, ScanReport, ScanTable};
 use crate::target::Executable;
@@ -30,6 +32,7 @@ pub fn main() -> ExitCode {
         Command::Attach(args) => record::attach(&args).map(|()| 0),
         Command::Run(args) => record::run(&args),
         Command::Report(args) => report(&args).map(|()| 0),
+        Command::Doctor(args) => doctor(&args),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -68,6 +71,18 @@ fn scan(args: &ScanArgs) -> anyhow::Result<()> {
         .write(&scan, &mut out)
         .and_then(|()| out.flush())
         .context("standard output cannot be written")
+}
+
+fn doctor(args: &DoctorArgs) -> anyhow::Result<u8> {
+    let report = doctor::Report::gather(args.pid.map(Pid::from_raw));
+    let mut out = BufWriter::new(io::stdout().lock());
+    match args.format {
+        ScanFormat::Table => report.write_table(&mut out),
+        ScanFormat::Json => report.write_json(&mut out),
+    }
+    .and_then(|()| out.flush())
+    .context("standard output cannot be written")?;
+    Ok(if report.ready { 0 } else { error::UNAVAILABLE })
 }
 
 fn report(args: &ReportArgs) -> anyhow::Result<()> {

@@ -34,10 +34,7 @@ pub fn attach(args: &AttachArgs) -> anyhow::Result<()> {
     let binary = parse(&executable)?;
     let plan = Plan::new(&binary, &args.record, &mut progress)?;
     if process.is_stopped() {
-        progress.say(&format!(
-            "process {} is stopped: nothing is counted until it goes on (kill -CONT {0})",
-            args.pid
-        ));
+        progress.say(&crate::target::stopped(args.pid));
     }
     let calibration = plan.calibrate(&mut progress)?;
     let armed = plan.arm(&executable, process.pid(), &mut progress)?;
@@ -381,6 +378,7 @@ impl<'a> Plan<'a> {
             engine: profile::Engine::Ebpf,
             link: Some(match link {
                 LinkKind::PerfEvent => profile::LinkKind::PerfEvent,
+                LinkKind::TraceEvent => profile::LinkKind::TraceEvent,
                 _ => profile::LinkKind::UprobeMulti,
             }),
             window,

@@ -124,23 +124,40 @@ pub enum Capability {
     Perfmon = 38,
     /// `CAP_SYS_ADMIN`, which stands for both as well.
     SysAdmin = 21,
+    /// `CAP_SYS_PTRACE`: looks into processes of other users.
+    SysPtrace = 19,
     /// `CAP_SYS_RESOURCE`: raises limits.
     SysResource = 24,
 }
 
 impl Capability {
+    /// All that can matter.
+    pub const ALL: [Self; 5] = [
+        Self::Bpf,
+        Self::Perfmon,
+        Self::SysAdmin,
+        Self::SysPtrace,
+        Self::SysResource,
+    ];
+
+    /// The effective set of this process, a mask.
+    pub fn effective() -> Option<u64> {
+        effective_capabilities(&std::fs::read_to_string("/proc/self/status").ok()?)
+    }
+
     /// Its name as setcap(8) takes it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Bpf => "cap_bpf",
             Self::Perfmon => "cap_perfmon",
             Self::SysAdmin => "cap_sys_admin",
+            Self::SysPtrace => "cap_sys_ptrace",
             Self::SysResource => "cap_sys_resource",
         }
     }
 
     /// Whether the set, a mask as in /proc/self/status, grants it.
-    fn is_in(self, set: u64) -> bool {
+    pub fn is_in(self, set: u64) -> bool {
         let has = |capability: Self| set >> (capability as u32) & 1 == 1;
         has(self) || (matches!(self, Self::Bpf | Self::Perfmon) && has(Self::SysAdmin))
     }
@@ -161,7 +178,6 @@ pub struct Permission {
 impl Permission {
     /// What holds for this process now.
     pub(crate) fn now(needed: &'static [Capability]) -> Self {
-        let setting = |path| Some(std::fs::read_to_string(path).ok()?.trim().to_owned());
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         Self {
             needed,
@@ -181,6 +197,17 @@ impl Permission {
         let needed = self.needed.iter().copied();
         needed.filter(|needed| !needed.is_in(effective)).collect()
     }
+
+    /// The command that gives this executable what it lacks.
+    pub fn fix(&self) -> Option<String> {
+        let (needed, executable) = (list(self.needed), &self.executable);
+        (!self.missing().is_empty()).then(|| format!("sudo setcap {needed}+ep {executable}"))
+    }
+}
+
+/// A file of /proc or /sys that holds one value.
+pub(crate) fn setting(path: &str) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
 }
 
 fn effective_capabilities(status: &str) -> Option<u64> {
@@ -208,13 +235,11 @@ impl fmt::Display for Permission {
             self.unprivileged_bpf.clone().unwrap_or_else(unknown),
             self.perf_paranoid.clone().unwrap_or_else(unknown),
         )?;
-        if !missing.is_empty() {
+        if let Some(fix) = self.fix() {
             return write!(
                 f,
-                "It lacks {}. Run it as root (`sudo`), or allow it once and for all: `sudo setcap {}+ep {}`.",
+                "It lacks {}. Run it as root (`sudo`), or allow it once and for all: `{fix}`.",
                 list(&missing),
-                list(self.needed),
-                self.executable,
             );
         }
         write!(f, "It has the capabilities it needs, so ")?;

@@ -19,9 +19,10 @@ use nix::unistd::Pid;
 pub use self::{
     calibrate::{Calibration, calibrate},
     ebpf::Session,
-    error::EngineError,
+    error::{Capability, EngineError},
     pool::{PoolCounts, PoolOutcomes, PoolRequest},
 };
+pub(crate) use self::{ebpf::in_initial_pid_namespace, error::setting};
 
 /// How many different stacks are kept when the caller has no opinion. In the kernel a stack takes
 /// about 1.1 KB, and 8 bytes more for each CPU: 18 MB.
@@ -62,18 +63,21 @@ pub enum LinkChoice {
 pub enum LinkKind {
     /// One link for all probes (Linux 6.6).
     UprobeMulti,
-    /// A perf event and a link for each probe (Linux 5.15).
+    /// One trace event for all probes, which are told apart by address (Linux 5.4).
+    TraceEvent,
+    /// A perf event for each probe. Detaching one takes up to 100 ms.
     PerfEvent,
 }
 
 impl LinkKind {
     /// All of them, the best first.
-    pub const ALL: [Self; 2] = [Self::UprobeMulti, Self::PerfEvent];
+    pub const ALL: [Self; 3] = [Self::UprobeMulti, Self::TraceEvent, Self::PerfEvent];
 
     /// The name that reports and `doctor` use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::UprobeMulti => "uprobe_multi",
+            Self::TraceEvent => "trace_event",
             Self::PerfEvent => "perf_event",
         }
     }

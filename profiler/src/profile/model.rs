@@ -80,6 +80,8 @@ pub enum Engine {
 pub enum LinkKind {
     /// One `uprobe_multi` link (Linux 6.6 and newer).
     UprobeMulti,
+    /// One trace event for all probes.
+    TraceEvent,
     /// One perf event a probe.
     PerfEvent,
 }
@@ -328,6 +330,7 @@ impl LinkKind {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::UprobeMulti => "uprobe-multi",
+            Self::TraceEvent => "trace-event",
             Self::PerfEvent => "perf-event",
         }
     }

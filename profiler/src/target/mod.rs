@@ -9,5 +9,5 @@ mod wait;
 pub use child::PausedChild;
 pub use error::TargetError;
 pub use executable::Executable;
-pub use process::Process;
+pub use process::{Process, stopped};
 pub use wait::{Signals, Wake, wait};

@@ -122,6 +122,11 @@ impl Process {
     }
 }
 
+/// What to say of a process that is stopped.
+pub fn stopped(pid: i32) -> String {
+    format!("process {pid} is stopped: nothing is counted until it goes on (kill -CONT {pid})")
+}
+
 /// Kernel threads have no memory map of their own: their command line and status say so.
 fn is_kernel_thread(folder: &Path) -> bool {
     let status = fs::read_to_string(folder.join("status")).unwrap_or_default();

@@ -4,13 +4,15 @@ use std::{
     ffi::CStr,
     io,
     os::fd::{AsFd as _, OwnedFd},
+    sync::OnceLock,
 };
 
+use aya_obj::generated::bpf_insn;
 use deferprof_ebpf_common::Role;
 use deferprof_symbols::Probe;
 use nix::{libc, unistd::Pid};
 
-use super::{multi, perf, sys};
+use super::{multi, perf, sys, tracefs};
 use crate::engine::{EngineError, LinkKind};
 
 /// What is attached. Dropping it detaches, and returns when no program runs any more. All of it is
@@ -20,6 +22,8 @@ use crate::engine::{EngineError, LinkKind};
 pub(super) enum Links {
     /// One link.
     Multi(OwnedFd),
+    /// One event for all.
+    Trace(tracefs::TraceEvent),
     /// One a probe.
     Perf(perf::PerfLinks),
 }
@@ -38,8 +42,40 @@ impl Links {
             LinkKind::UprobeMulti => {
                 multi::attach(program, path, probes, pid, role).map(Self::Multi)
             }
+            LinkKind::TraceEvent => tracefs::attach(program, path, probes, pid).map(Self::Trace),
             LinkKind::PerfEvent => perf::attach(program, path, probes, pid, role).map(Self::Perf),
         }
+    }
+}
+
+/// Whether this kernel hands cookies to programs (Linux 5.15, as do links to perf events): it takes a
+/// program that asks for one.
+pub(crate) fn has_cookies() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        /// BPF_JMP | BPF_CALL of bpf_get_attach_cookie, and BPF_JMP | BPF_EXIT.
+        const PROGRAM: [(u8, i32); 2] = [(0x85, 174), (0x95, 0)];
+        let instructions = PROGRAM.map(|(code, imm)| bpf_insn {
+            code,
+            _bitfield_align_1: [],
+            _bitfield_1: bpf_insn::new_bitfield_1(0, 0),
+            off: 0,
+            imm,
+        });
+        sys::load_program("defer_cookie", &instructions, c"GPL", false).is_ok()
+    })
+}
+
+/// How many entries a map of addresses needs for links of this kind; 0 if cookies do.
+pub(super) fn addresses(kind: LinkKind, probes: usize) -> u32 {
+    let by_address = match kind {
+        LinkKind::UprobeMulti => false,
+        LinkKind::TraceEvent => true,
+        LinkKind::PerfEvent => !has_cookies(),
+    };
+    match by_address {
+        true => u32::try_from(probes).unwrap_or(u32::MAX).max(1),
+        false => 0,
     }
 }
 
@@ -48,7 +84,8 @@ impl Links {
 pub(super) fn is_supported(kind: LinkKind, program: &OwnedFd) -> Result<(), EngineError> {
     let (result, since) = match kind {
         LinkKind::UprobeMulti => (multi::is_supported(program.as_fd()), "6.6"),
-        LinkKind::PerfEvent => (perf::is_supported(program.as_fd()), "5.15"),
+        LinkKind::TraceEvent => (tracefs::is_supported(), "5.8"),
+        LinkKind::PerfEvent => (perf::is_supported(), "5.8"),
     };
     let action = format!("attach probes with {} links", kind.as_str());
     result.map_err(|error| {

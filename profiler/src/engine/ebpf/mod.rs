@@ -7,12 +7,15 @@
 //! Kernel side: ebpf/src/main.rs.
 
 mod counters;
+mod group;
 mod links;
 mod multi;
 mod object;
 mod perf;
+mod place;
 mod pool;
 mod sys;
+mod tracefs;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -20,11 +23,13 @@ use deferprof_ebpf_common::{Role, name};
 
 use self::{
     counters::Counters,
+    group::Groups,
     links::Links,
     object::{Loaded, Options},
     pool::PoolCounters,
     sys::Map,
 };
+pub(crate) use self::{links::has_cookies, object::in_initial_pid_namespace};
 use super::{Counts, EngineError, LinkChoice, LinkKind, PoolRequest, Request};
 
 /// Probes that are attached. Dropping it detaches them, and the kernel does if this process dies.
@@ -36,6 +41,8 @@ pub struct Session {
     counters: Counters,
     /// Counts how often the kernel left it out.
     program: OwnedFd,
+    /// Where instructions are counted instead of sites.
+    groups: Option<Groups>,
 }
 
 impl Session {
@@ -70,11 +77,21 @@ impl Session {
         }
         let (kind, mut loaded) = load(request, pool)?;
         let path = sys::path_of(request.executable);
+        let mut groups = None;
+        let (mut probes, mut sites) = (request.probes, request.sites);
+        if links::addresses(kind, probes.len()) > 0 {
+            let groups = groups.insert(Groups::new(probes, sites));
+            (probes, sites) = (&groups.probes, groups.probes.len() as u32);
+            loaded.know(
+                &place::addresses(request.executable, probes, request.pid)?,
+                probes,
+            )?;
+        }
         let links = Links::attach(
             kind,
             &loaded.program,
             &path,
-            request.probes,
+            probes,
             request.pid,
             Role::Registered,
         )?;
@@ -96,8 +113,9 @@ impl Session {
                 reason: format!("it has no map `{}`", name::COUNTING),
             })?,
             kind,
-            counters: Counters::new(loaded.maps, request.sites, stacks, pool_counters)?,
+            counters: Counters::new(loaded.maps, sites, stacks, pool_counters)?,
             program: loaded.program,
+            groups,
         };
         session.count(true)?;
         Ok(session)
@@ -123,7 +141,8 @@ impl Session {
     ///
     /// [`EngineError::System`] if the kernel refuses to let a map be read.
     pub fn read(&self) -> Result<Counts, EngineError> {
-        self.counters.read(self.program.as_fd())
+        let counts = self.counters.read(self.program.as_fd())?;
+        Ok(by_site(self.groups.as_ref(), counts))
     }
 
     /// Detaches, and returns the final counts: nothing changes while they are read, so for every
@@ -138,11 +157,19 @@ impl Session {
             links,
             counters,
             program,
+            groups,
             ..
         } = self;
         // Returns when no program runs any more: the kernel waits for them (uprobe_unregister).
         drop(links);
-        counters.read(program.as_fd())
+        Ok(by_site(groups.as_ref(), counters.read(program.as_fd())?))
+    }
+}
+
+fn by_site(groups: Option<&Groups>, counts: Counts) -> Counts {
+    match groups {
+        Some(groups) => groups.spread(counts),
+        None => counts,
     }
 }
 
@@ -152,7 +179,7 @@ impl Session {
 ///
 /// Why they do not.
 pub fn supports(kind: LinkKind) -> Result<(), EngineError> {
-    load_for(kind, 0, 1, None, None).map(drop)
+    load_for(kind, 0, 1, 1, None, None).map(drop)
 }
 
 /// Loads the program for the link that was asked for, or for the best that works.
@@ -163,15 +190,48 @@ fn load(
     let tgid = request.pid.as_raw() as u32;
     let stacks = request.stacks.map(std::num::NonZeroU32::get);
     let pool = pool.map(pool::Sizes::of);
-    let load = |kind| Ok((kind, load_for(kind, tgid, request.sites, stacks, pool)?));
+    let probes = request.probes.len();
+    let load = |kind| {
+        Ok((
+            kind,
+            load_for(kind, tgid, request.sites, probes, stacks, pool)?,
+        ))
+    };
     match request.link {
         LinkChoice::Only(kind) => load(kind),
-        LinkChoice::Auto => match load(LinkKind::UprobeMulti) {
-            Err(EngineError::NotSupported { .. } | EngineError::Rejected { .. }) => {
-                load(LinkKind::PerfEvent)
+        LinkChoice::Auto => {
+            let mut reasons = Vec::new();
+            for kind in LinkKind::ALL {
+                match load(kind) {
+                    Ok(_) if kind == LinkKind::PerfEvent && probes > MOST_PERF_EVENTS => {
+                        return Err(too_many(probes, reasons));
+                    }
+                    Err(
+                        reason @ (EngineError::NotSupported { .. } | EngineError::Rejected { .. }),
+                    ) if kind != LinkKind::PerfEvent => reasons.push(reason),
+                    result => return result,
+                }
             }
-            result => result,
-        },
+            Err(too_many(probes, reasons))
+        }
+    }
+}
+
+/// Detaching one takes up to 100 ms, during which nobody on the machine can attach any.
+const MOST_PERF_EVENTS: usize = 100;
+
+/// The refusal to attach a perf event for each of many probes.
+fn too_many(probes: usize, reasons: Vec<EngineError>) -> EngineError {
+    let reasons: Vec<_> = reasons.iter().map(EngineError::to_string).collect();
+    EngineError::NotSupported {
+        action: format!("attach {probes} probes at once"),
+        reason: format!(
+            "{}. Each probe would be a perf event, and detaching them would block all tracing on \
+             this machine for about {} seconds; choose at most {MOST_PERF_EVENTS} defers with \
+             --include and --exclude",
+            reasons.join("; "),
+            probes.div_ceil(10),
+        ),
     }
 }
 
@@ -179,15 +239,19 @@ fn load_for(
     kind: LinkKind,
     tgid: u32,
     sites: u32,
+    probes: usize,
     stacks: Option<u32>,
     pool: Option<pool::Sizes>,
 ) -> Result<Loaded, EngineError> {
+    let addresses = links::addresses(kind, probes);
     let loaded = object::load(&Options {
         tgid,
-        sites,
+        sites: if addresses > 0 { addresses } else { sites },
         stacks,
         multi: kind == LinkKind::UprobeMulti,
-        pool,
+        addresses,
+        // Its program tells probes apart by the kernel's cookie.
+        pool: pool.filter(|_| addresses == 0),
     })?;
     links::is_supported(kind, &loaded.program)?;
     Ok(loaded)

@@ -4,6 +4,7 @@ use std::{
     ffi::CStr,
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    sync::LazyLock,
 };
 
 use deferprof_ebpf_common::{Cookie, Role};
@@ -11,7 +12,7 @@ use deferprof_symbols::Probe;
 use nix::{libc, unistd::Pid};
 
 use super::{links, object, sys};
-use crate::engine::EngineError;
+use crate::engine::{EngineError, features, setting};
 
 /// Attaches `program` at all `probes`.
 pub(super) fn attach(
@@ -62,7 +63,13 @@ fn link(
         .iter()
         .map(|probe| (probe.offset.0, Cookie::new(role, probe.site).0))
         .unzip();
-    sys::link_uprobe_multi(program, path, &offsets, &cookies, pid)
+    // The program filters as well, so that on a kernel that leaves out other threads than the first
+    // all processes may report.
+    static BUG: LazyLock<bool> = LazyLock::new(|| {
+        setting("/proc/sys/kernel/osrelease").is_some_and(|it| features::pid_filter_bug(&it))
+    });
+    let filter = if *BUG { Pid::from_raw(0) } else { pid };
+    sys::link_uprobe_multi(program, path, &offsets, &cookies, filter)
 }
 
 /// The first probe that the kernel refuses. The error of the whole does not name it, so it is

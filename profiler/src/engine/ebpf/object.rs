@@ -11,8 +11,12 @@ use std::{
     os::{fd::OwnedFd, linux::fs::MetadataExt as _},
 };
 
-use aya_obj::{EbpfSectionKind, Object, generated::bpf_map_type};
-use deferprof_ebpf_common::{name, pool::PoolOutcome};
+use aya_obj::{
+    EbpfSectionKind, Object,
+    generated::{bpf_insn, bpf_map_type},
+};
+use deferprof_ebpf_common::{Cookie, Role, name, pool::PoolOutcome};
+use deferprof_symbols::Probe;
 
 use super::{
     pool,
@@ -58,6 +62,8 @@ pub(super) struct Options {
     pub(super) stacks: Option<u32>,
     /// For a uprobe_multi link, or for perf events.
     pub(super) multi: bool,
+    /// How many probes the program tells apart by their address; 0 if by the kernel's cookie.
+    pub(super) addresses: u32,
     /// Also load the program on the runtime's rare paths.
     pub(super) pool: Option<pool::Sizes>,
 }
@@ -71,6 +77,22 @@ pub(super) struct Loaded {
     pub(super) pool: Option<OwnedFd>,
 }
 
+impl Loaded {
+    /// Tells the program where each probe is, for kinds of links that have no cookies.
+    pub(super) fn know(&self, addresses: &[u64], probes: &[Probe]) -> Result<(), EngineError> {
+        let tell = || -> io::Result<()> {
+            for (address, probe) in addresses.iter().zip(probes) {
+                let cookie = Cookie::new(Role::Registered, probe.site);
+                if let Some(map) = self.maps.get(name::COOKIES) {
+                    map.update(&address.to_ne_bytes(), cookie.0.to_ne_bytes().to_vec())?;
+                }
+            }
+            Ok(())
+        };
+        tell().map_err(|error| EngineError::system("tell the eBPF program its probes", error))
+    }
+}
+
 /// Makes the maps and loads the program.
 pub(super) fn load(options: &Options) -> Result<Loaded, EngineError> {
     let (bytes, origin) = object()?;
@@ -78,7 +100,10 @@ pub(super) fn load(options: &Options) -> Result<Loaded, EngineError> {
     match load(true) {
         // Without BPF_XCHG (before Linux 5.12, on arm64 5.18) programs are not preempted either
         // (that came with 6.0), so they need no claim.
-        Err(EngineError::Rejected { .. }) if options.stacks.is_some() => load(false),
+        Err(rejected @ EngineError::Rejected { .. }) if options.stacks.is_some() => {
+            // What the verifier says of the full program is what matters if both are refused.
+            load(false).map_err(|_| rejected)
+        }
         result => result,
     }
 }
@@ -157,9 +182,13 @@ fn load_from(
 
     let mut programs = Vec::new();
     for (wanted, key) in wanted.iter().zip(&keys) {
+        let mut instructions = object.functions[key].instructions.clone();
+        if !preemptible {
+            without_exchange(&mut instructions);
+        }
         let program = sys::load_program(
             &format!("defer_{wanted}"),
-            &object.functions[key].instructions,
+            &instructions,
             &object.license,
             options.multi,
         );
@@ -177,6 +206,28 @@ fn load_from(
     })
 }
 
+/// Puts a move of 0 in the place of each BPF_XCHG. Before Linux 5.12 the kernel refuses a program that
+/// has one anywhere, also where the constant `PREEMPTIBLE` lets nobody come.
+fn without_exchange(instructions: &mut [bpf_insn]) {
+    /// BPF_STX | BPF_ATOMIC | BPF_DW, with BPF_XCHG as the immediate: it returns in the source.
+    const ATOMIC: u8 = 0xdb;
+    const XCHG: i32 = 0xe1;
+    /// BPF_ALU64 | BPF_MOV | BPF_K.
+    const MOVE: u8 = 0xb7;
+    for instruction in instructions {
+        if instruction.code == ATOMIC && instruction.imm == XCHG {
+            let returned = instruction.src_reg();
+            *instruction = bpf_insn {
+                code: MOVE,
+                _bitfield_align_1: [],
+                _bitfield_1: bpf_insn::new_bitfield_1(returned, 0),
+                off: 0,
+                imm: 0,
+            };
+        }
+    }
+}
+
 /// Sets the read-only variables of the programs.
 fn set_variables(
     object: &mut Object,
@@ -189,9 +240,11 @@ fn set_variables(
         u32::from(preemptible).to_ne_bytes(),
     );
     let (inode, device) = (inode.to_ne_bytes(), device.to_ne_bytes());
+    let by_address = u32::from(options.addresses > 0).to_ne_bytes();
     object.patch_map_data(HashMap::from([
         (name::TGID, (&tgid[..], true)),
         (name::PREEMPTIBLE, (&preemptible[..], true)),
+        (name::BY_ADDRESS, (&by_address[..], true)),
         (name::PIDNS_INODE, (&inode[..], true)),
         (name::PIDNS_DEVICE, (&device[..], true)),
     ]))
@@ -204,6 +257,11 @@ fn pid_namespace() -> Option<(u64, u64)> {
     const INITIAL: u64 = 0xefff_fffc;
     let file = std::fs::metadata("/proc/self/ns/pid").ok()?;
     (file.st_ino() != INITIAL).then(|| (file.st_ino(), file.st_dev()))
+}
+
+/// Whether this process is in the first pid namespace.
+pub(crate) fn in_initial_pid_namespace() -> bool {
+    pid_namespace().is_none()
 }
 
 /// Makes the maps that the wanted program uses.
@@ -220,6 +278,7 @@ fn create_maps(
         (name::COUNTING, None),
         (name::REGISTERED, Some(sites)),
         (name::EVENTS, None),
+        (name::COOKIES, Some(options.addresses.max(1))),
     ];
     if options.stacks.is_some() {
         sizes.extend([

@@ -1,4 +1,5 @@
-//! A perf event and a link for each probe (Linux 5.15), for kernels without uprobe_multi.
+//! A perf event for each probe, for kernels without uprobe_multi. Since Linux 5.15 a link to it carries
+//! the probe's cookie; before, the program is set by ioctl and knows the probe by its address.
 //!
 //! Detaching one waits for all the uprobes in flight on the machine to end, up to 100 ms on
 //! Linux 6.18. Waiting for many at once takes no longer than for one, so many threads close.
@@ -78,6 +79,10 @@ fn link(
     role: Role,
 ) -> io::Result<OwnedFd> {
     let event = sys::open_uprobe(kind, path, probe.offset.0, pid)?;
+    if !links::has_cookies() {
+        sys::set_program(event.as_fd(), program)?;
+        return Ok(event);
+    }
     let cookie = Cookie::new(role, probe.site);
     sys::link_perf_event(program, event.as_fd(), cookie.0)
 }
@@ -95,16 +100,9 @@ fn explain(error: io::Error, probe: &Probe, probes: usize, pid: Pid) -> EngineEr
     }
 }
 
-/// Whether this kernel has links to perf events: to a descriptor that is none they give EBADF if
-/// so, EINVAL if not (kernel/bpf/syscall.c).
-pub(super) fn is_supported(program: BorrowedFd<'_>) -> io::Result<()> {
-    event_type()?;
-    let error = sys::probe_link_perf_event(program);
-    if error.raw_os_error() == Some(libc::EBADF) {
-        Ok(())
-    } else {
-        Err(error)
-    }
+/// Whether this kernel has uprobes as perf events.
+pub(super) fn is_supported() -> io::Result<()> {
+    event_type().map(drop)
 }
 
 fn event_type() -> io::Result<u32> {

@@ -364,32 +364,54 @@ pub(super) fn link_uprobe_multi(
 /// Opens a uprobe on the instruction at `offset` of the file at `path`, for the thread group
 /// `pid`. `kind` is the number in /sys/bus/event_source/devices/uprobe/type (Linux 4.17).
 pub(super) fn open_uprobe(kind: u32, path: &CStr, offset: u64, pid: Pid) -> io::Result<OwnedFd> {
-    /// `struct perf_event_attr`, PERF_ATTR_SIZE_VER1.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Attr {
-        kind: u32,
-        size: u32,
-        config: u64,
-        sample_period: u64,
-        sample_type: u64,
-        read_format: u64,
-        flags: u64,
-        wakeup: u32,
-        breakpoint: u32,
-        path: u64,
-        offset: u64,
-    }
-    const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
-    let attr = Attr {
+    let attr = PerfAttr {
         kind,
-        size: size_of::<Attr>() as u32,
         path: address(path),
         offset,
-        ..Attr::default()
+        ..PerfAttr::default()
     };
-    // SAFETY: the attribute is as long as its size field says, and the kernel reads the path in
-    // it to its 0 byte.
+    // SAFETY: the kernel reads the path in it to its 0 byte.
+    unsafe { open_event(attr, pid) }
+}
+
+/// Opens the trace event of that number, for the thread group `pid`.
+pub(super) fn open_tracepoint(number: u64, pid: Pid) -> io::Result<OwnedFd> {
+    const PERF_TYPE_TRACEPOINT: u32 = 2;
+    let attr = PerfAttr {
+        kind: PERF_TYPE_TRACEPOINT,
+        config: number,
+        // Any period: a program that returns 0 keeps the event from sampling.
+        sample_period: 1,
+        ..PerfAttr::default()
+    };
+    // SAFETY: there are no pointers in it.
+    unsafe { open_event(attr, pid) }
+}
+
+/// `struct perf_event_attr`, PERF_ATTR_SIZE_VER1.
+#[repr(C)]
+#[derive(Default)]
+struct PerfAttr {
+    kind: u32,
+    size: u32,
+    config: u64,
+    sample_period: u64,
+    sample_type: u64,
+    read_format: u64,
+    flags: u64,
+    wakeup: u32,
+    breakpoint: u32,
+    path: u64,
+    offset: u64,
+}
+
+/// # Safety
+///
+/// Pointers in the attribute must be valid for what the kernel does with its kind of event.
+unsafe fn open_event(mut attr: PerfAttr, pid: Pid) -> io::Result<OwnedFd> {
+    const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
+    attr.size = size_of::<PerfAttr>() as u32;
+    // SAFETY: the attribute is as long as its size field says; the caller vouches for the rest.
     let result = unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
@@ -403,6 +425,20 @@ pub(super) fn open_uprobe(kind: u32, path: &CStr, offset: u64, pid: Pid) -> io::
     outcome(result).map(owned)
 }
 
+/// Attaches `program` to a perf event and lets the event report (Linux 4.1). It stays attached as
+/// long as the event is open.
+pub(super) fn set_program(event: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    // _IOW('$', 8, __u32) and _IO('$', 0), include/uapi/linux/perf_event.h.
+    const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408;
+    const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
+    let event = event.as_raw_fd();
+    // SAFETY: both requests take a number.
+    outcome(unsafe { libc::ioctl(event, PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()) }.into())?;
+    // SAFETY: as above.
+    outcome(unsafe { libc::ioctl(event, PERF_EVENT_IOC_ENABLE, 0) }.into())?;
+    Ok(())
+}
+
 /// Attaches `program` to a perf event, each hit with `cookie` (Linux 5.15). The link holds the
 /// event, whose own descriptor may be closed; closing the link detaches.
 pub(super) fn link_perf_event(
@@ -410,19 +446,6 @@ pub(super) fn link_perf_event(
     event: BorrowedFd<'_>,
     cookie: u64,
 ) -> io::Result<OwnedFd> {
-    link_perf_event_raw(program, event.as_raw_fd(), cookie)
-}
-
-/// As [`link_perf_event`], to a number that is no descriptor: EBADF if the kernel has such links,
-/// EINVAL if not.
-pub(super) fn probe_link_perf_event(program: BorrowedFd<'_>) -> io::Error {
-    match link_perf_event_raw(program, -1, 0) {
-        Err(error) => error,
-        Ok(_) => io::Error::other("the kernel linked a program to no event"),
-    }
-}
-
-fn link_perf_event_raw(program: BorrowedFd<'_>, event: i32, cookie: u64) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         program: u32,
@@ -433,7 +456,7 @@ fn link_perf_event_raw(program: BorrowedFd<'_>, event: i32, cookie: u64) -> io::
     }
     let mut attr = Attr {
         program: program.as_raw_fd() as u32,
-        target: event as u32,
+        target: event.as_raw_fd() as u32,
         attach_type: BPF_PERF_EVENT as u32,
         flags: 0,
         cookie,

@@ -1,0 +1,139 @@
+//! What can be profiled of one process.
+
+use std::{collections::BTreeMap, fs};
+
+use deferprof_symbols::Binary;
+use nix::unistd::Pid;
+use serde::Serialize;
+
+use super::{Link, Problem};
+use crate::target::Process;
+
+/// How many sites there are of each mechanism.
+pub type Mechanisms = BTreeMap<String, u64>;
+
+/// A process.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Target {
+    /// Its id.
+    pub pid: i32,
+    /// What it executes.
+    pub exe: String,
+    /// The Go release that built it.
+    pub go_version: String,
+    /// Its architecture, by Go's name.
+    pub arch: String,
+    /// How many sites it has.
+    pub sites: u64,
+    /// The same by mechanism.
+    pub mechanisms: Mechanisms,
+    /// How many probes attaching to all of them takes.
+    pub probes: u64,
+    /// How many of the probes are on instructions that the kernel emulates.
+    pub emulated: u64,
+    /// The debugger or tracer that holds it, if one does.
+    pub tracer: Option<i32>,
+    /// Whether it is stopped: nothing of it runs.
+    pub stopped: bool,
+}
+
+impl Target {
+    /// Looks at a process. What is wrong with it, but not so that nothing can be said of it, comes
+    /// along.
+    pub(super) fn gather(pid: Pid, links: &[Link]) -> Result<(Self, Vec<Problem>), Problem> {
+        let blocked = |what: String| Problem {
+            blocks: true,
+            what,
+            fix: None,
+        };
+        let process = Process::open(pid).map_err(|error| blocked(error.to_string()))?;
+        let executable = process.executable().map_err(|error| Problem {
+            fix: matches!(error, crate::target::TargetError::NotPermitted { .. })
+                .then(|| format!("sudo deferprof attach {pid}")),
+            ..blocked(error.to_string())
+        })?;
+        let exe = executable.path().display().to_string();
+        let unusable =
+            |error: deferprof_symbols::Error| blocked(format!("{exe} cannot be profiled: {error}"));
+        let binary = Binary::parse(executable.bytes()).map_err(unusable)?;
+        let inventory = binary.inventory().map_err(unusable)?;
+        let mut mechanisms = Mechanisms::new();
+        for site in &inventory.sites {
+            *mechanisms.entry(site.mechanism.to_string()).or_default() += 1;
+        }
+        let emulated = inventory.sites.iter();
+        let emulated = emulated.filter(|site| site.registration.kind.is_emulated());
+        let target = Self {
+            pid: pid.as_raw(),
+            go_version: binary.go_version().to_owned(),
+            arch: binary.architecture().to_string(),
+            sites: inventory.sites.len() as u64,
+            mechanisms,
+            probes: inventory.sites.len() as u64,
+            emulated: emulated.count() as u64,
+            tracer: tracer(pid),
+            stopped: process.is_stopped(),
+            exe,
+        };
+        let mut problems: Vec<_> = inventory
+            .warnings
+            .iter()
+            .map(|warning| Problem::warning(warning.to_string(), None))
+            .collect();
+        problems.extend(target.problems(links));
+        Ok((target, problems))
+    }
+
+    fn problems(&self, links: &[Link]) -> Vec<Problem> {
+        let pid = self.pid;
+        let mut problems = Vec::new();
+        if self.sites == 0 {
+            problems.push(Problem {
+                blocks: true,
+                what: "the binary has no defers".to_owned(),
+                fix: None,
+            });
+        }
+        if let Some(tracer) = self.tracer {
+            let name = fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
+            problems.push(Problem::warning(
+                format!(
+                    "process {pid} is traced by process {tracer} ({}): a breakpoint of a debugger \
+                     on a probed instruction hides the probe's hits, and the target stops with it.",
+                    name.trim()
+                ),
+                Some(format!("kill {tracer}")),
+            ));
+        }
+        if self.stopped {
+            problems.push(Problem::warning(
+                crate::target::stopped(pid),
+                Some(format!("kill -CONT {pid}")),
+            ));
+        }
+        let working = links.iter().filter(|link| link.works);
+        if working.clone().count() == 1
+            && working.clone().any(|link| link.kind == "perf_event")
+            && self.probes > 100
+        {
+            problems.push(Problem::warning(
+                format!(
+                    "with perf events alone {} probes cannot be attached at once: choose defers \
+                     with --include and --exclude.",
+                    self.probes
+                ),
+                Some(format!("deferprof attach --include '^main\\.' {pid}")),
+            ));
+        }
+        problems
+    }
+}
+
+/// The process that traces another (`TracerPid` in /proc/<pid>/status).
+fn tracer(pid: Pid) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let mut lines = status.lines();
+    let tracer = lines.find_map(|line| line.strip_prefix("TracerPid:"))?;
+    tracer.trim().parse().ok().filter(|tracer| *tracer != 0)
+}
