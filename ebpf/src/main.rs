@@ -98,16 +98,6 @@ fn registered(ctx: &ProbeContext) -> Option<u32> {
     None
 }
 
-/// Whether hits of the current thread count now.
-#[inline(always)]
-fn is_counting() -> bool {
-    if current_tgid() != TGID.load() {
-        happened(Event::Foreign);
-        return false;
-    }
-    COUNTING.get(0).is_some_and(|counting| *counting != 0)
-}
-
 /// The cookie of the probe that was hit: the kernel's, or by the instruction's runtime address.
 #[inline(always)]
 fn cookie(ctx: &ProbeContext) -> Option<u64> {
@@ -120,6 +110,16 @@ fn cookie(ctx: &ProbeContext) -> Option<u64> {
     let address = unsafe { *registers.add(REGISTERS.0) };
     // SAFETY: nothing writes to the map while programs run.
     unsafe { COOKIES.get(&address) }.copied()
+}
+
+/// Whether hits of the current thread count now.
+#[inline(always)]
+fn is_counting() -> bool {
+    if current_tgid() != TGID.load() {
+        happened(Event::Foreign);
+        return false;
+    }
+    COUNTING.get(0).is_some_and(|counting| *counting != 0)
 }
 
 /// The thread group of the current thread, in the pid namespace in which `TGID` counts; 0 outside.

@@ -31,6 +31,11 @@ pub mod name {
     pub const STACKS_LOST: &str = "STACKS_LOST";
     /// Per CPU: where a stack is put together ([`Scratch`](crate::Scratch)).
     pub const SCRATCH: &str = "SCRATCH";
+    /// By runtime address of the probed instruction: the probe's cookie (`u64` both). Read only if
+    /// [`BY_ADDRESS`] is set.
+    pub const COOKIES: &str = "COOKIES";
+    /// 1 if the kernel hands out no cookies, or one for many probes (`u32`).
+    pub const BY_ADDRESS: &str = "BY_ADDRESS";
     /// Not 0 while hits count (`u64`): probes are put in place and taken away one after another,
     /// but all of them start and stop counting at the same instant.
     pub const COUNTING: &str = "COUNTING";
@@ -44,11 +49,6 @@ pub mod name {
     pub const POOL: &str = "POOL";
     /// Per CPU, by [`PoolTotal`](crate::pool::PoolTotal): how often (`u64`).
     pub const POOL_TOTALS: &str = "POOL_TOTALS";
-    /// By runtime address of the probed instruction: the probe's cookie (`u64` both). Read only if
-    /// [`BY_ADDRESS`] is set.
-    pub const COOKIES: &str = "COOKIES";
-    /// 1 if the kernel hands out no cookies, or one for many probes (`u32`).
-    pub const BY_ADDRESS: &str = "BY_ADDRESS";
     /// The thread group that is counted, as the namespace that was chosen numbers it (`u32`).
     pub const TGID: &str = "TGID";
     /// Inode of the pid namespace in which `TGID` counts, 0 for the initial one (`u64`).

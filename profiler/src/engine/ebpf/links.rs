@@ -42,6 +42,7 @@ impl Links {
             LinkKind::UprobeMulti => {
                 multi::attach(program, path, probes, pid, role).map(Self::Multi)
             }
+            // Sites by address: only probes of one role can be told apart.
             LinkKind::TraceEvent => tracefs::attach(program, path, probes, pid).map(Self::Trace),
             LinkKind::PerfEvent => perf::attach(program, path, probes, pid, role).map(Self::Perf),
         }

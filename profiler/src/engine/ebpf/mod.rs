@@ -189,13 +189,11 @@ fn load(
 ) -> Result<(LinkKind, Loaded), EngineError> {
     let tgid = request.pid.as_raw() as u32;
     let stacks = request.stacks.map(std::num::NonZeroU32::get);
-    let pool = pool.map(pool::Sizes::of);
     let probes = request.probes.len();
+    let pool = pool.map(pool::Sizes::of);
     let load = |kind| {
-        Ok((
-            kind,
-            load_for(kind, tgid, request.sites, probes, stacks, pool)?,
-        ))
+        let loaded = load_for(kind, tgid, request.sites, probes, stacks, pool)?;
+        Ok((kind, loaded))
     };
     match request.link {
         LinkChoice::Only(kind) => load(kind),
@@ -250,7 +248,7 @@ fn load_for(
         stacks,
         multi: kind == LinkKind::UprobeMulti,
         addresses,
-        // Its program tells probes apart by the kernel's cookie.
+        // Without cookies its probes cannot be told from those of sites.
         pool: pool.filter(|_| addresses == 0),
     })?;
     links::is_supported(kind, &loaded.program)?;
