@@ -3,6 +3,7 @@
 mod args;
 mod error;
 mod output;
+mod plan;
 mod pool;
 mod progress;
 mod record;

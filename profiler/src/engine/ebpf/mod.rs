@@ -2,7 +2,7 @@
 //!
 //! One program runs at every hit. Its cookie says which site it is, and it adds 1 to that site's
 //! per-CPU counter; nothing is sent anywhere, user space reads the counters when it wants to.
-//! Another program is on the runtime's rare paths ([`pool`]). Probes are put in place one after
+//! Another program is on the runtime's rare paths (`pool`). Probes are put in place one after
 //! another, so all of them count from one instant on that user space chooses.
 //! Kernel side: ebpf/src/main.rs.
 
