@@ -9,7 +9,7 @@ use crate::release::{KNOWN, Layout, Release};
 use crate::sites::Search;
 use crate::{
     Architecture, BinaryInfo, FileOffset, Inventory, Mechanism, PoolProbes, PoolUnavailable,
-    Result, VirtualAddress, pclntab, reason, runtime_probes,
+    Result, RunProbes, RunsUnavailable, Site, VirtualAddress, pclntab, reason, runtime,
 };
 
 /// A Go executable whose headers, release and function table have been found.
@@ -108,7 +108,19 @@ impl<'data> Binary<'data> {
     /// # Errors
     /// Why this binary's runtime does not tell.
     pub fn pool_probes(&self) -> std::result::Result<PoolProbes, PoolUnavailable> {
-        runtime_probes::pool(&self.image, &self.module, self.release)
+        runtime::pool(&self.image, &self.module, self.release)
+    }
+
+    /// The probes that tell when and by whom the deferred calls of `sites` are made; sites are
+    /// numbered by their place in that slice.
+    ///
+    /// # Errors
+    /// Why this binary's runtime does not tell.
+    pub fn run_probes(
+        &self,
+        sites: &[Site],
+    ) -> std::result::Result<RunProbes, RunsUnavailable> {
+        runtime::runs(&self.image, &self.module, self.release, sites)
     }
 
     #[cfg(any(test, feature = "fuzzing"))]

@@ -118,6 +118,9 @@ pub struct Site {
     pub exits: Vec<Exit>,
     /// Where to count registrations.
     pub registration: ProbePoint,
+    /// How far SP is below its value at the function's entry where the statement executes, and
+    /// throughout the function's body, in bytes.
+    pub depth: u64,
 }
 
 /// One place where open-coded exit code calls the deferred function of a site.
@@ -127,6 +130,12 @@ pub struct Exit {
     pub call: VirtualAddress,
     /// Whether it calls through the slot (`call *reg`) rather than directly.
     pub indirect: bool,
+    /// Executes whenever the call is about to be made, and only then; `None` if nothing there can
+    /// be probed.
+    pub start: Option<ProbePoint>,
+    /// Executes whenever the call has returned, perhaps also where it was not made, with SP as it
+    /// was at the call.
+    pub end: Option<ProbePoint>,
 }
 
 impl Mechanism {

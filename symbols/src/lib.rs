@@ -37,7 +37,7 @@ mod placement;
 mod plan;
 mod reason;
 mod release;
-mod runtime_probes;
+mod runtime;
 mod sites;
 mod state;
 mod value;
@@ -47,4 +47,7 @@ pub use binary::{Binary, Frame};
 pub use error::{Error, Result};
 pub use inventory::{Architecture, BinaryInfo, Exit, Inventory, Mechanism, Reason, Site, SiteId};
 pub use plan::{Basis, InstructionKind, Probe, ProbePoint};
-pub use runtime_probes::{Caller, LocalPool, PoolEvent, PoolProbe, PoolProbes, PoolUnavailable};
+pub use runtime::{
+    Caller, LocalPool, OpenFrame, Path, PoolEvent, PoolProbe, PoolProbes, PoolUnavailable, RecordAt,
+    RunEvent, RunLayout, RunProbe, RunProbes, Runner, RunsUnavailable,
+};

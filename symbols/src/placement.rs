@@ -10,6 +10,7 @@
 //! function's own, without which the stack cannot be walked.
 
 use crate::code::{Block, Code};
+use crate::decode::Flow;
 use crate::elf::Image;
 use crate::flow::Findings;
 use crate::plan::{Basis, ProbePoint};
@@ -79,6 +80,52 @@ pub(crate) fn open_coded(
         before = current.map_or(0, |block| block.range.end);
     }
     at(image, code, store, Basis::SlotStore)
+}
+
+/// The probe point for a CALL: it, or an emulated instruction that only leads to it.
+pub(crate) fn call(
+    image: &Image<'_>,
+    code: &Code,
+    findings: &Findings,
+    call: usize,
+) -> Option<ProbePoint> {
+    let emulated = |index: &usize| {
+        let instruction = code.instructions.get(*index);
+        instruction.is_some_and(|i| i.probeable && i.kind.is_emulated())
+    };
+    let diverts = |index: &usize| findings.diverts.get(*index).copied().unwrap_or(true);
+    let start = code.block_of(call)?.range.start;
+    let before = (start..call).rev().take_while(|index| !diverts(index));
+    let index = std::iter::once(call).chain(before).find(emulated);
+    at(image, code, index.unwrap_or(call), Basis::ExitCall)
+}
+
+/// The probe point behind a CALL: the first emulated instruction, if the way there is short and
+/// straight and SP does not move, otherwise the very next instruction.
+pub(crate) fn after_call(
+    image: &Image<'_>,
+    code: &Code,
+    findings: &Findings,
+    call: usize,
+) -> Option<ProbePoint> {
+    /// How many instructions to look at.
+    const NEAR: usize = 12;
+    let sp = code.stack_key(call, 0);
+    let mut found = None;
+    for index in (call + 1..code.instructions.len()).take(NEAR) {
+        let instruction = code.instructions.get(index)?;
+        if code.stack_key(index, 0) != sp {
+            break;
+        }
+        if instruction.probeable && instruction.kind.is_emulated() {
+            found = Some(index);
+            break;
+        }
+        if findings.diverts.get(index).copied().unwrap_or(true) || instruction.flow != Flow::Next {
+            break;
+        }
+    }
+    at(image, code, found.unwrap_or(call + 1), Basis::AfterExitCall)
 }
 
 /// How many blocks to look at in each direction.

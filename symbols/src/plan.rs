@@ -2,7 +2,7 @@
 
 use crate::{FileOffset, VirtualAddress};
 
-/// The instruction at which one site's registrations are counted.
+/// An instruction to probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProbePoint {
@@ -50,7 +50,11 @@ pub enum Basis {
     AfterSlotStore,
     /// It precedes the slot store in the same basic block; nothing between them can leave the block.
     BeforeSlotStore,
-    /// It is on a path of the runtime's own (see [`crate::PoolProbes`]).
+    /// It is the exit code's call of the deferred function, or precedes it in its block.
+    ExitCall,
+    /// It follows the exit code's call of the deferred function.
+    AfterExitCall,
+    /// It is on a path of the runtime's own (see [`crate::PoolProbes`], [`crate::RunProbes`]).
     RuntimePath,
 }
 
@@ -92,6 +96,8 @@ impl Basis {
             Self::SlotStore => "the slot store itself; its block has no exact emulated instruction",
             Self::AfterSlotStore => "after the slot store in its block",
             Self::BeforeSlotStore => "before the slot store in its block",
+            Self::ExitCall => "the exit's call of the deferred function",
+            Self::AfterExitCall => "after the exit's call of the deferred function",
             Self::RuntimePath => "on a path of the runtime's own",
         }
     }

@@ -157,7 +157,7 @@ impl Search<'_, '_> {
         };
         let mut drafts = registering_calls(&code, &findings, &namer);
         if let Some(open) = &open {
-            let found = open_coded(&code, &findings, &namer);
+            let found = self.open_coded(&code, &findings, &namer);
             if found.len() != open.slots.len() {
                 warnings.push(format!(
                     "{name} declares {} open-coded defers, and {} were found",
@@ -210,8 +210,43 @@ impl Search<'_, '_> {
                 bit: draft.bit,
                 exits: draft.exits,
                 registration,
+                depth: u64::try_from(code.stack_key(draft.index, 0).saturating_add(8)).unwrap_or(0),
             });
         }
+    }
+
+    /// The open-coded sites: one a slot store.
+    fn open_coded(&self, code: &Code, findings: &Findings, namer: &Namer<'_, '_>) -> Vec<Draft> {
+        let mut exits: HashMap<u8, Vec<(Exit, Option<VirtualAddress>)>> = HashMap::new();
+        for (store, bit) in &findings.exit_stores {
+            if let Some((call, address, target)) = exit_call(code, *store) {
+                let exit = Exit {
+                    call: address,
+                    indirect: target.is_none(),
+                    start: placement::call(self.image, code, findings, call),
+                    end: placement::after_call(self.image, code, findings, call),
+                };
+                exits.entry(*bit).or_default().push((exit, target));
+            }
+        }
+        findings
+            .slot_stores
+            .iter()
+            .map(|(index, store)| {
+                let exits = exits.get(&store.bit).map(Vec::as_slice).unwrap_or_default();
+                let direct = || exits.iter().find_map(|(_, target)| *target);
+                let callee = namer
+                    .name(store.closure, findings)
+                    .or_else(|| direct().and_then(|target| namer.function_at(target)));
+                Draft {
+                    index: *index,
+                    mechanism: Mechanism::OpenCoded,
+                    bit: Some(store.bit),
+                    callee,
+                    exits: exits.iter().map(|(exit, _)| *exit).collect(),
+                }
+            })
+            .collect()
     }
 }
 
@@ -236,61 +271,20 @@ fn registering_calls(code: &Code, findings: &Findings, namer: &Namer<'_, '_>) ->
         .collect()
 }
 
-/// The open-coded sites: one a slot store.
-fn open_coded(code: &Code, findings: &Findings, namer: &Namer<'_, '_>) -> Vec<Draft> {
-    let mut exits: HashMap<u8, Vec<(Exit, Option<VirtualAddress>)>> = HashMap::new();
-    for (store, bit) in &findings.exit_stores {
-        if let Some((exit, target)) = exit_call(code, *store) {
-            exits.entry(*bit).or_default().push((exit, target));
-        }
-    }
-    findings
-        .slot_stores
-        .iter()
-        .map(|(index, store)| {
-            let exits = exits.get(&store.bit).map(Vec::as_slice).unwrap_or_default();
-            let direct = || exits.iter().find_map(|(_, target)| *target);
-            let callee = namer
-                .name(store.closure, findings)
-                .or_else(|| direct().and_then(|target| namer.function_at(target)));
-            Draft {
-                index: *index,
-                mechanism: Mechanism::OpenCoded,
-                bit: Some(store.bit),
-                callee,
-                exits: exits.iter().map(|(exit, _)| *exit).collect(),
-            }
-        })
-        .collect()
-}
-
-/// The deferred call behind an exit's store of the cleared bits: the next CALL on the way.
-fn exit_call(code: &Code, store: usize) -> Option<(Exit, Option<VirtualAddress>)> {
+/// The deferred call behind an exit's store of the cleared bits, the next CALL on the way: its
+/// index, address and, if it is direct, what it calls.
+fn exit_call(
+    code: &Code,
+    store: usize,
+) -> Option<(usize, VirtualAddress, Option<VirtualAddress>)> {
     /// Between the store and the call stand the loads of the closure and of older arguments.
     const FARTHEST: usize = 256;
     let mut index = store + 1;
     for _ in 0..FARTHEST {
         let instruction = code.instructions.get(index)?;
-        let call = instruction.address;
         match instruction.flow {
-            Flow::Call(target) => {
-                return Some((
-                    Exit {
-                        call,
-                        indirect: false,
-                    },
-                    Some(target),
-                ));
-            }
-            Flow::IndirectCall => {
-                return Some((
-                    Exit {
-                        call,
-                        indirect: true,
-                    },
-                    None,
-                ));
-            }
+            Flow::Call(target) => return Some((index, instruction.address, Some(target))),
+            Flow::IndirectCall => return Some((index, instruction.address, None)),
             Flow::Jump(target) => {
                 index = code
                     .instructions

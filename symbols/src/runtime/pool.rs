@@ -10,16 +10,13 @@
 //! may inline newdefer into deferproc. Whose registration it was is told by return addresses; the
 //! stack depths of pclntab say where on the stack these are. (Go `runtime/panic.go`, 1.18 to 1.27.)
 
-use crate::callee::text;
-use crate::calls::Callees;
-use crate::code::Code;
-use crate::decode::{Flow, Op};
+use super::{Decoded, Search};
+use crate::VirtualAddress;
+use crate::decode::Op;
 use crate::elf::Image;
 use crate::module::Module;
-use crate::placement;
-use crate::plan::{Basis, ProbePoint};
+use crate::plan::ProbePoint;
 use crate::release::Release;
-use crate::{Architecture, VirtualAddress};
 
 /// Functions that take records, and all that the compiler may inline newdefer into.
 const TAKERS: [&str; 7] = [
@@ -146,18 +143,6 @@ fn local_pool(release: Release) -> Option<LocalPool> {
     })
 }
 
-/// A function of the runtime, decoded.
-struct Decoded {
-    name: String,
-    code: Code,
-}
-
-/// The search in one binary.
-struct Search<'a, 'data> {
-    image: &'a Image<'data>,
-    module: &'a Module<'data>,
-}
-
 /// Finds the probes.
 pub(crate) fn pool(
     image: &Image<'_>,
@@ -172,7 +157,7 @@ pub(crate) fn pool(
 
 impl Search<'_, '_> {
     fn probes(&self, local: LocalPool) -> Result<PoolProbes, PoolUnavailable> {
-        let decoded = self.functions();
+        let decoded = self.functions(&[&TAKERS, &GIVERS]);
         let named = |names: &'static [&str]| {
             let runs = move |d: &&Decoded| names.contains(&d.name.as_str());
             decoded.iter().filter(runs)
@@ -199,7 +184,7 @@ impl Search<'_, '_> {
             let after = self.emulated_after(function, unlocked).unwrap_or(unlocked);
             for (index, event) in [(after, PoolEvent::Asked), (allocated, PoolEvent::Miss)] {
                 probes.push(PoolProbe {
-                    point: self.point(function, index)?,
+                    point: self.probe(function, index)?,
                     event,
                     callers: self.callers(&decoded, function, index),
                 });
@@ -215,7 +200,7 @@ impl Search<'_, '_> {
                 let locked = self.argument(function, index);
                 if of_its_own || (locked.is_some() && locked == lock) {
                     probes.push(PoolProbe {
-                        point: self.point(function, index)?,
+                        point: self.probe(function, index)?,
                         event: PoolEvent::Spill,
                         callers: Vec::new(),
                     });
@@ -226,50 +211,6 @@ impl Search<'_, '_> {
             return Err(absent("freedefer"));
         }
         Ok(PoolProbes { probes, local })
-    }
-
-    /// The runtime functions that matter, decoded.
-    fn functions(&self) -> Vec<Decoded> {
-        let table = &self.module.table;
-        let mut callees = Callees::default();
-        let mut wanted = Vec::new();
-        let mut reached = VirtualAddress(0);
-        for func in (0..table.count).filter_map(|index| table.func(self.image, index)) {
-            // In order, and so not more code altogether than there is.
-            if func.entry < reached || func.end < func.entry {
-                continue;
-            }
-            reached = func.end;
-            let Some(name) = table.runtime_name(func) else {
-                continue;
-            };
-            callees.note(func, name);
-            if TAKERS.iter().chain(&GIVERS).any(|n| n.as_bytes() == name) {
-                wanted.push((func, text(name)));
-            }
-        }
-        let decode = |(func, name)| {
-            let code = Code::decode(self.image, self.module, &callees, func)?;
-            Some(Decoded { name, code })
-        };
-        wanted.into_iter().filter_map(decode).collect()
-    }
-
-    /// The direct calls of one of `names` in the runtime.
-    fn calls(&self, function: &Decoded, names: &[&str]) -> Vec<usize> {
-        let table = &self.module.table;
-        let calls = |target: VirtualAddress| {
-            let func = table
-                .find(self.image, target)
-                .filter(|f| f.entry == target)?;
-            let name = table.runtime_name(func)?;
-            names.iter().any(|n| n.as_bytes() == name).then_some(())
-        };
-        let instructions = function.code.instructions.iter().enumerate();
-        instructions
-            .filter(|(_, i)| matches!(i.flow, Flow::Call(target) if calls(target).is_some()))
-            .map(|(index, _)| index)
-            .collect()
     }
 
     /// The address in the first argument register of a call, where it is set right before.
@@ -300,8 +241,8 @@ impl Search<'_, '_> {
         })
     }
 
-    fn point(&self, function: &Decoded, index: usize) -> Result<ProbePoint, PoolUnavailable> {
-        placement::at(self.image, &function.code, index, Basis::RuntimePath)
+    fn probe(&self, function: &Decoded, index: usize) -> Result<ProbePoint, PoolUnavailable> {
+        self.point(function, index)
             .ok_or_else(|| shape(function, "it where it can be probed"))
     }
 
@@ -331,29 +272,6 @@ impl Search<'_, '_> {
             })
             .collect()
     }
-
-    /// Where the frame is at an instruction, in bytes above SP.
-    fn frame(&self, function: &Decoded, index: usize) -> Option<Frame> {
-        // `stack_key` counts from varp, 8 bytes below the caller's frame.
-        let depth = u64::try_from(function.code.stack_key(index, 0).checked_add(8)?).ok()?;
-        Some(match self.image.architecture {
-            // CALL pushed the return address.
-            Architecture::Amd64 => Frame {
-                return_address: depth,
-                caller_sp: depth.checked_add(8)?,
-            },
-            // The link register was saved at the bottom of the frame.
-            Architecture::Arm64 => Frame {
-                return_address: 0,
-                caller_sp: depth,
-            },
-        })
-    }
-}
-
-struct Frame {
-    return_address: u64,
-    caller_sp: u64,
 }
 
 fn shape(function: &Decoded, callee: &'static str) -> PoolUnavailable {
