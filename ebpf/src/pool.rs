@@ -3,82 +3,60 @@
 //! What is not seen here was served by the local pool, so nothing is added to a registration's cost.
 
 use aya_ebpf::{
-    EbpfContext as _,
-    helpers::{bpf_get_attach_cookie, bpf_probe_read_user},
-    macros::{map, uprobe},
-    maps::{Array, HashMap, PerCpuArray},
-    programs::ProbeContext,
+    helpers::bpf_probe_read_user,
+    macros::map,
+    maps::{Array, PerCpuArray},
 };
-use deferprof_ebpf_common::{
-    Event, Role,
-    pool::{MAX_CALLERS, PoolEvent, PoolOffsets, PoolOutcome, PoolPoint, PoolTotal},
+use deferprof_ebpf_common::pool::{
+    MAX_CALLERS, PoolEvent, PoolOffsets, PoolOutcome, PoolPoint, PoolTotal,
 };
 
-use crate::{add_one, happened, is_counting};
+use crate::{add_one, hit::Hit, run::site_of, word};
 
 /// By number in the cookie: what the probe stands on.
 #[map]
 static POOL_POINTS: Array<PoolPoint> = Array::with_max_entries(1, 0);
-/// By return address as linked: the site that calls the runtime there.
-#[map]
-static POOL_SITES: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
 /// By site and outcome.
 #[map]
 static POOL: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static POOL_TOTALS: PerCpuArray<u64> = PerCpuArray::with_max_entries(PoolTotal::COUNT, 0);
 
-/// Where `struct pt_regs` (`user_pt_regs` on arm64) has the goroutine (R14, X28), the instruction
-/// and the stack pointer, in words.
-#[cfg(bpf_target_arch = "x86_64")]
-const REGISTERS: (usize, usize, usize) = (1, 16, 19);
-#[cfg(bpf_target_arch = "aarch64")]
-const REGISTERS: (usize, usize, usize) = (28, 32, 31);
+/// Counts a refill, a miss or a spill, and the first two for the site that is registering; false
+/// if there is no such probe.
+#[inline(always)]
+pub fn seen(hit: &Hit, number: u32) -> bool {
+    let Some(point) = POOL_POINTS.get(number) else {
+        return false;
+    };
+    count(hit, point);
+    true
+}
 
-/// Counts a refill, a miss or a spill, and the first two for the site that is registering.
-#[uprobe]
-fn pool(ctx: ProbeContext) -> u32 {
-    if !is_counting() {
-        return 0;
-    }
-    // SAFETY: the context is the one this program was called with.
-    let cookie = unsafe { bpf_get_attach_cookie(ctx.as_ptr()) };
-    let point = POOL_POINTS.get(cookie as u32);
-    let Some(point) = point.filter(|_| cookie >> 32 == Role::Pool as u64) else {
-        happened(Event::BadCookie);
-        return 0;
-    };
-    let registers = ctx.as_ptr().cast::<u64>();
-    // SAFETY: the context is a `struct pt_regs`, which has these words.
-    let (g, instruction, sp) = unsafe {
-        (
-            *registers.add(REGISTERS.0),
-            *registers.add(REGISTERS.1),
-            *registers.add(REGISTERS.2),
-        )
-    };
+#[inline(always)]
+fn count(hit: &Hit, point: &PoolPoint) {
     let outcome = if point.event == PoolEvent::Spill as u64 {
         total(PoolTotal::Spill);
-        return 0;
+        return;
     } else if point.event == PoolEvent::Miss as u64 {
         total(PoolTotal::Miss);
         PoolOutcome::Miss
     } else {
-        match has_records(g, &point.local) {
+        match has_records(hit.g(), &point.local) {
             Some(true) => total(PoolTotal::Refill),
             Some(false) => {
                 total(PoolTotal::Empty);
-                return 0;
+                return;
             }
             None => {
                 total(PoolTotal::BadPool);
-                return 0;
+                return;
             }
         }
         PoolOutcome::Refill
     };
-    let bias = instruction.wrapping_sub(point.address);
-    match site(point, sp, bias) {
+    let bias = hit.instruction().wrapping_sub(point.address);
+    match site(point, hit.sp(), bias) {
         Ok(Some(site)) => {
             if let Some(counter) = POOL.get_ptr_mut(site * PoolOutcome::COUNT + outcome as u32) {
                 add_one(counter);
@@ -87,7 +65,6 @@ fn pool(ctx: ProbeContext) -> u32 {
         Ok(None) => {} // A record of the runtime's own, or of a site that is not watched.
         Err(_) => total(PoolTotal::BadStack),
     }
-    0
 }
 
 #[inline(always)]
@@ -127,14 +104,7 @@ fn site(point: &PoolPoint, sp: u64, bias: u64) -> Result<Option<u32>, i32> {
             continue;
         }
         let returns_to = word(sp.wrapping_add(caller.site))?.wrapping_sub(bias);
-        // SAFETY: no entry is ever removed or changed while programs run.
-        return Ok(unsafe { POOL_SITES.get(&returns_to) }.copied());
+        return Ok(site_of(returns_to));
     }
     Ok(None)
-}
-
-#[inline(always)]
-fn word(address: u64) -> Result<u64, i32> {
-    // SAFETY: the helper checks the user's address.
-    unsafe { bpf_probe_read_user(address as *const u64) }
 }

@@ -3,7 +3,12 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+extern crate std;
+
+pub mod latency;
 pub mod pool;
+pub mod run;
 
 /// How many frames of a user stack are kept: as many as the kernel's own walk keeps unless told
 /// otherwise (PERF_MAX_STACK_DEPTH, include/uapi/linux/perf_event.h).
@@ -15,10 +20,11 @@ pub const SCRATCH_SLOTS: u32 = 4;
 
 /// The names of the programs, the maps and the variables in the object: both sides must agree.
 pub mod name {
-    /// The program that counts.
-    pub const COUNT: &str = "count";
-    /// The program that counts and takes stacks.
-    pub const COUNT_STACKS: &str = "count_stacks";
+    /// The program on every probe.
+    pub const WATCH: &str = "watch";
+    /// By number in the cookie: the cookies of what one instruction stands for
+    /// ([`Several`](crate::Several)).
+    pub const LISTS: &str = "LISTS";
     /// Per CPU, by site: how often its statement executed (`u64`).
     pub const REGISTERED: &str = "REGISTERED";
     /// Per CPU, by [`Event`](crate::Event): how often it happened (`u64`).
@@ -39,16 +45,43 @@ pub mod name {
     /// Not 0 while hits count (`u64`): probes are put in place and taken away one after another,
     /// but all of them start and stop counting at the same instant.
     pub const COUNTING: &str = "COUNTING";
-    /// The program on the runtime's rare paths.
-    pub const POOL_PROGRAM: &str = "pool";
     /// By number in the cookie: the probe ([`PoolPoint`](crate::pool::PoolPoint)).
     pub const POOL_POINTS: &str = "POOL_POINTS";
-    /// By return address as linked (`u64`): the site (`u32`).
-    pub const POOL_SITES: &str = "POOL_SITES";
+    /// By return address of a registering call, as linked (`u64`): the site (`u32`).
+    pub const SITES: &str = "SITES";
     /// Per CPU, by site and [`PoolOutcome`](crate::pool::PoolOutcome): how often (`u64`).
     pub const POOL: &str = "POOL";
     /// Per CPU, by [`PoolTotal`](crate::pool::PoolTotal): how often (`u64`).
     pub const POOL_TOTALS: &str = "POOL_TOTALS";
+    /// By number in the cookie: the probe ([`RunPoint`](crate::run::RunPoint)).
+    pub const RUN_POINTS: &str = "RUN_POINTS";
+    /// One [`RunLayout`](crate::run::RunLayout).
+    pub const RUN_LAYOUT: &str = "RUN_LAYOUT";
+    /// By the function's deferreturn call as linked (`u64`): the frame
+    /// ([`OpenFrame`](crate::run::OpenFrame)).
+    pub const OPEN_FRAMES: &str = "OPEN_FRAMES";
+    /// By address of a record that was made in a range-over-func body (`u64`): the site (`u32`).
+    pub const RECORDS: &str = "RECORDS";
+    /// Per CPU, by site and [`RunPath`](crate::run::RunPath): deferred calls (`u64`).
+    pub const RAN: &str = "RAN";
+    /// Per CPU, by [`RunTotal`](crate::run::RunTotal): how often (`u64`).
+    pub const RUN_TOTALS: &str = "RUN_TOTALS";
+    /// By address of the goroutine (`u64`): [`Goroutine`](crate::latency::Goroutine).
+    pub const GOROUTINES: &str = "GOROUTINES";
+    /// By [`InFlightKey`](crate::latency::InFlightKey): [`InFlight`](crate::latency::InFlight).
+    pub const IN_FLIGHT: &str = "IN_FLIGHT";
+    /// By [`key`](crate::latency::key): how many times are in the bucket (`u64`).
+    pub const BUCKETS: &str = "BUCKETS";
+    /// Per CPU, by site and [`Time`](crate::latency::Time): the sum of the times in ns (`u64`).
+    pub const SUMS: &str = "SUMS";
+    /// 1 if stacks are taken (`u32`).
+    pub const TAKE_STACKS: &str = "TAKE_STACKS";
+    /// 1 if times are measured (`u32`).
+    pub const LATENCY: &str = "LATENCY";
+    /// What a hit costs in ns, of an emulated and of a single-stepped instruction (`u64` each).
+    pub const TAX_EMULATED: &str = "TAX_EMULATED";
+    /// See [`TAX_EMULATED`].
+    pub const TAX_STEPPED: &str = "TAX_STEPPED";
     /// The thread group that is counted, as the namespace that was chosen numbers it (`u32`).
     pub const TGID: &str = "TGID";
     /// Inode of the pid namespace in which `TGID` counts, 0 for the initial one (`u64`).
@@ -59,28 +92,79 @@ pub mod name {
     pub const PREEMPTIBLE: &str = "PREEMPTIBLE";
 }
 
-/// What a probe asks: the high half of its cookie.
+/// What a probe asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Role {
-    /// A defer statement executed.
+    /// A defer statement executed, and what is held belongs to the frame. The low half of the cookie
+    /// is the site.
     Registered = 0,
-    /// The runtime goes a rare path with a record. The low half is not a site but the index of
+    /// A defer statement is about to get a record from the runtime. The low half is the site.
+    RegisteredRecord = 1,
+    /// The runtime goes a rare path with a record. The low half is the index of
     /// a [`PoolPoint`](pool::PoolPoint).
-    Pool = 1,
+    Pool = 2,
+    /// Exit code is about to make a deferred call. The low half is the site.
+    Exit = 3,
+    /// The deferred call of exit code has returned.
+    ExitReturned = 4,
+    /// The runtime makes deferred calls. The low half is the index of a
+    /// [`RunPoint`](run::RunPoint).
+    Run = 5,
+    /// All of this at one instruction. The low half is the index of a [`Several`].
+    Several = 6,
 }
 
 /// The 64 bits that say which probe was hit: the kernel hands them to the program (Linux 5.15), or
-/// the program finds them by address.
+/// the program finds them by address. The low half is a number, above it is the [`Role`], and one
+/// bit says whether the instruction is single-stepped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cookie(pub u64);
 
 impl Cookie {
+    const STEPPED: u64 = 1 << 40;
+
     /// The cookie of a probe.
-    pub const fn new(role: Role, site: u32) -> Self {
-        Self(((role as u64) << 32) | site as u64)
+    pub const fn new(role: Role, number: u32) -> Self {
+        Self(((role as u64) << 32) | number as u64)
     }
+
+    /// The same for an instruction that is single-stepped.
+    pub const fn single_stepped(self) -> Self {
+        Self(self.0 | Self::STEPPED)
+    }
+
+    /// Whether the instruction is single-stepped.
+    #[inline(always)]
+    pub const fn is_single_stepped(self) -> bool {
+        self.0 & Self::STEPPED != 0
+    }
+
+    /// The number of the [`Role`].
+    #[inline(always)]
+    pub const fn role(self) -> u32 {
+        (self.0 >> 32) as u32 & 0xff
+    }
+
+    /// The site, or another index.
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+/// How much one instruction can stand for: all defers of a function and the end of a call.
+pub const MAX_SEVERAL: usize = 18;
+
+/// What one instruction stands for, in the order in which it happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Several {
+    /// How many of the cookies are used.
+    pub length: u64,
+    /// The cookies.
+    pub cookies: [u64; MAX_SEVERAL],
 }
 
 /// What else is counted beside the sites: an index into the map `EVENTS`.
@@ -97,11 +181,15 @@ pub enum Event {
     StackCountsFull = 3,
     /// Stack lost: more threads than [`SCRATCH_SLOTS`] were preempted amid a hit on one CPU.
     ScratchBusy = 4,
+    /// A hit of an instruction that the kernel emulates. Not a loss.
+    Emulated = 5,
+    /// A hit of one that it single-steps. Not a loss.
+    SingleStepped = 6,
 }
 
 impl Event {
     /// How many kinds there are.
-    pub const COUNT: u32 = 5;
+    pub const COUNT: u32 = 7;
 }
 
 /// The key of `STACK_COUNTS`.
@@ -196,6 +284,9 @@ mod tests {
     fn a_cookie_keeps_the_site_in_its_low_half() {
         assert_eq!(Cookie::new(Role::Registered, 7).0, 7);
         assert_eq!(Cookie::new(Role::Registered, u32::MAX).0, u32::MAX.into());
+        let cookie = Cookie::new(Role::Run, 9).single_stepped();
+        assert_eq!((cookie.role(), cookie.number()), (5, 9));
+        assert!(cookie.is_single_stepped());
     }
 
     #[test]

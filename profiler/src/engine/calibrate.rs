@@ -5,7 +5,9 @@ use std::{fs::File, num::NonZeroU32, os::fd::AsFd as _, time::Instant};
 use deferprof_symbols::Probe;
 use nix::unistd::Pid;
 
-use super::{EngineError, LinkChoice, LinkKind, Request, Session, probed_loop::ProbedLoop};
+use super::{
+    EngineError, LinkChoice, LinkKind, More, Request, Session, probed_loop::ProbedLoop,
+};
 
 /// How often each loop is measured; the median counts, since other threads may interrupt some.
 const BATCHES: usize = 15;
@@ -51,8 +53,10 @@ pub fn calibrate(link: LinkChoice, stacks: Option<NonZeroU32>) -> Result<Calibra
         pid: Pid::this(),
         probes: &probes,
         sites: loops.len() as u32,
+        sites_cost: &[],
         stacks,
         link,
+        more: More::default(),
     })?;
     let hit = loops.map(|(probed, rounds)| median_ns(probed, rounds));
     let link = session.link();

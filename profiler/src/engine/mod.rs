@@ -8,19 +8,23 @@ mod calibrate;
 pub mod ebpf;
 mod error;
 pub mod features;
+mod latency;
 mod pool;
 mod probed_loop;
+mod run;
 
 use std::{num::NonZeroU32, os::fd::BorrowedFd};
 
-use deferprof_symbols::Probe;
+use deferprof_symbols::{PoolProbes, Probe, VirtualAddress};
 use nix::unistd::Pid;
 
 pub use self::{
     calibrate::{Calibration, calibrate},
     ebpf::Session,
     error::{Capability, EngineError},
-    pool::{PoolCounts, PoolOutcomes, PoolRequest},
+    latency::{Distribution, LatencyCounts, LatencyRequest, Times},
+    pool::{PoolCounts, PoolOutcomes},
+    run::{ExitProbe, InstructionCost, Ran, RunCounts, RunRequest},
 };
 pub(crate) use self::{ebpf::in_initial_pid_namespace, error::setting};
 
@@ -41,10 +45,28 @@ pub struct Request<'a> {
     pub probes: &'a [Probe],
     /// How many sites there are: every [`Probe::site`] is less.
     pub sites: u32,
+    /// What the kernel does at each site's probe, by site; empty if all are emulated, or if neither
+    /// times nor costs are of interest.
+    pub sites_cost: &'a [InstructionCost],
     /// How many different stacks to keep, `None` to take none: that makes a hit cheaper.
     pub stacks: Option<NonZeroU32>,
     /// How to attach.
     pub link: LinkChoice,
+    /// What else to ask.
+    pub more: More<'a>,
+}
+
+/// What an engine may be asked beside how often sites register. Each question costs the target more.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct More<'a> {
+    /// Where each site's call of the runtime returns to, as linked, and the site: for records.
+    pub returns: &'a [(VirtualAddress, u32)],
+    /// The runtime's rare paths, to tell where records came from.
+    pub pool: Option<&'a PoolProbes>,
+    /// When deferred calls are made.
+    pub runs: Option<RunRequest<'a>>,
+    /// How long all of it takes. Without `runs` there is only the time to register.
+    pub latency: Option<LatencyRequest<'a>>,
 }
 
 /// Which kind of link to use.
@@ -91,6 +113,8 @@ pub struct Counts {
     pub registered: Vec<u64>,
     /// How many hits the target has paid for.
     pub hits: u64,
+    /// How many of these were of instructions that the kernel single-steps.
+    pub single_stepped: u64,
     /// Each stack of each site. Empty if none were asked for.
     pub stacks: Vec<StackCount>,
     /// By site: how many of `registered` are in no stack. Once detached, for every site
@@ -98,6 +122,10 @@ pub struct Counts {
     pub stacks_lost: Vec<u64>,
     /// Where heap records came from; `None` if not asked for.
     pub pool: Option<PoolCounts>,
+    /// When deferred calls were made; `None` if not asked for.
+    pub runs: Option<RunCounts>,
+    /// How long it took; `None` if not asked for.
+    pub latency: Option<LatencyCounts>,
     /// What was not counted, and why.
     pub loss: Loss,
 }

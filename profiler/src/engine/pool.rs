@@ -1,15 +1,4 @@
-//! Where heap records came from, as a question to an engine and its answer.
-
-use deferprof_symbols::{PoolProbes, VirtualAddress};
-
-/// What an engine needs to tell pool outcomes.
-#[derive(Clone, Copy, Debug)]
-pub struct PoolRequest<'a> {
-    /// The runtime's rare paths.
-    pub probes: &'a PoolProbes,
-    /// Where each site's call of the runtime returns to, as linked, and the site.
-    pub returns: &'a [(VirtualAddress, u32)],
-}
+//! Where heap records came from, as an engine's answer.
 
 /// How often the runtime went its rare paths. What is not here was served by the local pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -75,6 +75,9 @@ pub struct RunProbe {
     pub runners: Vec<Runner>,
     /// For [`RunEvent::Taken`]: where the site's return address is.
     pub site: Option<Caller>,
+    /// For [`RunEvent::Taken`]: whether the record will not name its site when it is run, because
+    /// it was made in a range-over-func body.
+    pub keeps: bool,
 }
 
 /// What a probe saw.
@@ -358,6 +361,7 @@ impl Runtime<'_, '_> {
                 event: RunEvent::Taken,
                 runners: Vec::new(),
                 site: Some(Caller::Site(own.return_address)),
+                keeps: name == "deferprocat",
             })
         });
         found.collect()
@@ -393,6 +397,7 @@ impl Runtime<'_, '_> {
             event,
             runners,
             site: None,
+            keeps: false,
         })
     }
 

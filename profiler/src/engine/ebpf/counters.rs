@@ -5,7 +5,10 @@ use std::{collections::HashMap, io, os::fd::BorrowedFd};
 use deferprof_ebpf_common::{Event, MAX_FRAMES, name};
 
 use super::{
+    latency::LatencyCounters,
+    object::take,
     pool::PoolCounters,
+    run::RunCounters,
     sys::{self, Map},
 };
 use crate::engine::{Counts, EngineError, Loss, StackCount};
@@ -17,7 +20,19 @@ pub(super) struct Counters {
     events: Map,
     stacks: Option<Stacks>,
     pool: Option<PoolCounters>,
+    runs: RunCounters,
+    wants_runs: bool,
+    latency: Option<LatencyCounters>,
     sites: u32,
+}
+
+/// What is to be read beside the registrations.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub(super) stacks: bool,
+    pub(super) pool: bool,
+    pub(super) runs: bool,
+    pub(super) latency: bool,
 }
 
 #[derive(Debug)]
@@ -33,30 +48,39 @@ impl Counters {
     pub(super) fn new(
         mut maps: HashMap<&'static str, Map>,
         sites: u32,
-        stacks: bool,
-        pool: Option<PoolCounters>,
+        wanted: Wanted,
     ) -> Result<Self, EngineError> {
-        let mut take = |name: &'static str| {
-            maps.remove(name).ok_or_else(|| EngineError::Object {
-                origin: "of this session".into(),
-                reason: format!("it has no map `{name}`"),
-            })
-        };
+        let maps = &mut maps;
         Ok(Self {
-            registered: take(name::REGISTERED)?,
-            events: take(name::EVENTS)?,
-            stacks: if stacks {
-                Some(Stacks {
-                    frames: take(name::STACKS)?,
-                    counts: take(name::STACK_COUNTS)?,
-                    lost: take(name::STACKS_LOST)?,
-                })
-            } else {
-                None
+            registered: take(maps, name::REGISTERED)?,
+            events: take(maps, name::EVENTS)?,
+            stacks: match wanted.stacks {
+                true => Some(Stacks {
+                    frames: take(maps, name::STACKS)?,
+                    counts: take(maps, name::STACK_COUNTS)?,
+                    lost: take(maps, name::STACKS_LOST)?,
+                }),
+                false => None,
             },
-            pool,
+            pool: match wanted.pool {
+                true => Some(PoolCounters::new(maps, sites)?),
+                false => None,
+            },
+            runs: RunCounters::new(maps, sites)?,
+            wants_runs: wanted.runs,
+            latency: match wanted.latency {
+                true => Some(LatencyCounters::new(maps, sites)?),
+                false => None,
+            },
             sites,
         })
+    }
+
+    /// How often all sites registered.
+    pub(super) fn registered(&self) -> Result<u64, EngineError> {
+        per_cpu_array(&self.registered, self.sites)
+            .map(|registered| registered.iter().sum())
+            .map_err(|error| EngineError::system("read the eBPF counters", error))
     }
 
     /// Reads all of them, the stacks first, and how often the kernel left out `program`.
@@ -77,12 +101,16 @@ impl Counters {
                 stacks_full: event(Event::StacksFull) + event(Event::StackCountsFull),
                 stack_busy: event(Event::ScratchBusy),
             };
-            counts.hits = counts.registered.iter().sum::<u64>() + counts.loss.unknown_site;
+            counts.single_stepped = event(Event::SingleStepped);
+            counts.hits = event(Event::Emulated) + counts.single_stepped;
             if let Some(pool) = &self.pool {
-                let pool = pool.read()?;
-                counts.hits += pool.all_refills + pool.empty + pool.bad_pool;
-                counts.hits += pool.all_misses + pool.all_spills;
-                counts.pool = Some(pool);
+                counts.pool = Some(pool.read(counts.loss.missed)?);
+            }
+            if self.wants_runs {
+                counts.runs = Some(self.runs.read()?);
+            }
+            if let Some(latency) = &self.latency {
+                counts.latency = Some(latency.read(&self.runs.totals()?)?);
             }
             Ok(counts)
         };

@@ -8,11 +8,9 @@ use std::{
 };
 
 use aya_obj::generated::bpf_insn;
-use deferprof_ebpf_common::Role;
-use deferprof_symbols::Probe;
 use nix::{libc, unistd::Pid};
 
-use super::{multi, perf, sys, tracefs};
+use super::{multi, perf, points::Placed, sys, tracefs};
 use crate::engine::{EngineError, LinkKind};
 
 /// What is attached. Dropping it detaches, and returns when no program runs any more. All of it is
@@ -34,17 +32,15 @@ impl Links {
         kind: LinkKind,
         program: &OwnedFd,
         path: &CStr,
-        probes: &[Probe],
+        probes: &[Placed],
         pid: Pid,
-        role: Role,
     ) -> Result<Self, EngineError> {
         match kind {
             LinkKind::UprobeMulti => {
-                multi::attach(program, path, probes, pid, role).map(Self::Multi)
+                multi::attach(program, path, probes, pid).map(Self::Multi)
             }
-            // Sites by address: only probes of one role can be told apart.
             LinkKind::TraceEvent => tracefs::attach(program, path, probes, pid).map(Self::Trace),
-            LinkKind::PerfEvent => perf::attach(program, path, probes, pid, role).map(Self::Perf),
+            LinkKind::PerfEvent => perf::attach(program, path, probes, pid).map(Self::Perf),
         }
     }
 }

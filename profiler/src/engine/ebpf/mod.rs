@@ -1,48 +1,56 @@
 //! Uprobes that count in the kernel.
 //!
-//! One program runs at every hit. Its cookie says which site it is, and it adds 1 to that site's
-//! per-CPU counter; nothing is sent anywhere, user space reads the counters when it wants to.
-//! Another program is on the runtime's rare paths (`pool`). Probes are put in place one after
-//! another, so all of them count from one instant on that user space chooses.
+//! One program runs at every hit of every probe. Its cookie says what the instruction stands for, and
+//! it adds 1 to counters of each CPU; nothing is sent anywhere, user space reads the counters when it
+//! wants to. Probes are put in place one after another, so all of them count from one instant on
+//! that user space chooses.
 //! Kernel side: ebpf/src/main.rs.
 
 mod counters;
-mod group;
+mod latency;
 mod links;
 mod multi;
 mod object;
 mod perf;
 mod place;
+mod points;
 mod pool;
+mod run;
 mod sys;
 mod tracefs;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use deferprof_ebpf_common::{Role, name};
+use deferprof_ebpf_common::name;
 
 use self::{
-    counters::Counters,
-    group::Groups,
+    counters::{Counters, Wanted},
     links::Links,
     object::{Loaded, Options},
-    pool::PoolCounters,
+    points::Points,
     sys::Map,
 };
 pub(crate) use self::{links::has_cookies, object::in_initial_pid_namespace};
-use super::{Counts, EngineError, LinkChoice, LinkKind, PoolRequest, Request};
+use super::{Counts, EngineError, InstructionCost, LinkChoice, LinkKind, Request};
 
 /// Probes that are attached. Dropping it detaches them, and the kernel does if this process dies.
 #[derive(Debug)]
 pub struct Session {
-    links: (Links, Option<Links>),
+    links: Links,
+    probes: usize,
     counting: Map,
     kind: LinkKind,
     counters: Counters,
     /// Counts how often the kernel left it out.
     program: OwnedFd,
-    /// Where instructions are counted instead of sites.
-    groups: Option<Groups>,
+}
+
+impl Request<'_> {
+    /// What the kernel does at a site's probe; only times depend on it.
+    fn cost(&self, site: u32) -> InstructionCost {
+        let about = self.sites_cost.get(site as usize);
+        about.copied().unwrap_or(InstructionCost::Emulated)
+    }
 }
 
 impl Session {
@@ -52,18 +60,6 @@ impl Session {
     ///
     /// [`EngineError`] says what is missing and how to get it. Nothing stays attached then.
     pub fn attach(request: &Request<'_>) -> Result<Self, EngineError> {
-        Self::attach_with_pool(request, None)
-    }
-
-    /// Attaches probes to a process, and to the runtime's rare paths.
-    ///
-    /// # Errors
-    ///
-    /// As [`Session::attach`].
-    pub fn attach_with_pool(
-        request: &Request<'_>,
-        pool: Option<&PoolRequest<'_>>,
-    ) -> Result<Self, EngineError> {
         let outside = request
             .probes
             .iter()
@@ -75,47 +71,28 @@ impl Session {
                 sites: request.sites,
             });
         }
-        let (kind, mut loaded) = load(request, pool)?;
+        let points = Points::new(request)?;
+        let (kind, mut loaded) = load(request, &points)?;
+        loaded.fill(request, &points)?;
+        if links::addresses(kind, points.placed.len()) > 0 {
+            let addresses = place::addresses(request.executable, &points.placed, request.pid)?;
+            loaded.know(&addresses, &points.placed)?;
+        }
         let path = sys::path_of(request.executable);
-        let mut groups = None;
-        let (mut probes, mut sites) = (request.probes, request.sites);
-        if links::addresses(kind, probes.len()) > 0 {
-            let groups = groups.insert(Groups::new(probes, sites));
-            (probes, sites) = (&groups.probes, groups.probes.len() as u32);
-            loaded.know(
-                &place::addresses(request.executable, probes, request.pid)?,
-                probes,
-            )?;
-        }
-        let links = Links::attach(
-            kind,
-            &loaded.program,
-            &path,
-            probes,
-            request.pid,
-            Role::Registered,
-        )?;
-        let (mut pool_links, mut pool_counters) = (None, None);
-        if let (Some(pool), Some(program)) = (pool, loaded.pool) {
-            pool::fill(&loaded.maps, pool)?;
-            let probes = pool::probes(pool);
-            let links = Links::attach(kind, &program, &path, &probes, request.pid, Role::Pool)?;
-            pool_links = Some(links);
-            let counters = PoolCounters::new(&mut loaded.maps, program, request.sites)?;
-            pool_counters = Some(counters);
-        }
-        let counting = loaded.maps.remove(name::COUNTING);
-        let stacks = request.stacks.is_some();
+        let links = Links::attach(kind, &loaded.program, &path, &points.placed, request.pid)?;
+        let wanted = Wanted {
+            stacks: request.stacks.is_some(),
+            pool: request.more.pool.is_some(),
+            runs: request.more.runs.is_some(),
+            latency: request.more.latency.is_some(),
+        };
         let session = Self {
-            links: (links, pool_links),
-            counting: counting.ok_or_else(|| EngineError::Object {
-                origin: "of this session".into(),
-                reason: format!("it has no map `{}`", name::COUNTING),
-            })?,
+            links,
+            probes: points.placed.len(),
+            counting: object::take(&mut loaded.maps, name::COUNTING)?,
             kind,
-            counters: Counters::new(loaded.maps, sites, stacks, pool_counters)?,
+            counters: Counters::new(loaded.maps, request.sites, wanted)?,
             program: loaded.program,
-            groups,
         };
         session.count(true)?;
         Ok(session)
@@ -134,15 +111,28 @@ impl Session {
         self.kind
     }
 
+    /// How many instructions are probed.
+    pub fn probes(&self) -> usize {
+        self.probes
+    }
+
+    /// How often all sites together registered so far.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::System`] if the kernel refuses to let a map be read.
+    pub fn registered(&self) -> Result<u64, EngineError> {
+        self.counters.registered()
+    }
+
     /// What was counted so far. The target goes on meanwhile: stacks are read before sites, so
     /// that a site's stacks never add up to more than its count.
     ///
     /// # Errors
     ///
-    /// [`EngineError::System`] if the kernel refuses to let a map be read.
+    /// As [`Session::registered`].
     pub fn read(&self) -> Result<Counts, EngineError> {
-        let counts = self.counters.read(self.program.as_fd())?;
-        Ok(by_site(self.groups.as_ref(), counts))
+        self.counters.read(self.program.as_fd())
     }
 
     /// Detaches, and returns the final counts: nothing changes while they are read, so for every
@@ -150,26 +140,18 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// As [`Session::read`]. It is detached all the same.
+    /// As [`Session::registered`]. It is detached all the same.
     pub fn detach(self) -> Result<Counts, EngineError> {
         self.count(false)?;
         let Self {
             links,
             counters,
             program,
-            groups,
             ..
         } = self;
         // Returns when no program runs any more: the kernel waits for them (uprobe_unregister).
         drop(links);
-        Ok(by_site(groups.as_ref(), counters.read(program.as_fd())?))
-    }
-}
-
-fn by_site(groups: Option<&Groups>, counts: Counts) -> Counts {
-    match groups {
-        Some(groups) => groups.spread(counts),
-        None => counts,
+        counters.read(program.as_fd())
     }
 }
 
@@ -179,22 +161,13 @@ fn by_site(groups: Option<&Groups>, counts: Counts) -> Counts {
 ///
 /// Why they do not.
 pub fn supports(kind: LinkKind) -> Result<(), EngineError> {
-    load_for(kind, 0, 1, 1, None, None).map(drop)
+    load_for(kind, Options::default(), 1).map(drop)
 }
 
 /// Loads the program for the link that was asked for, or for the best that works.
-fn load(
-    request: &Request<'_>,
-    pool: Option<&PoolRequest<'_>>,
-) -> Result<(LinkKind, Loaded), EngineError> {
-    let tgid = request.pid.as_raw() as u32;
-    let stacks = request.stacks.map(std::num::NonZeroU32::get);
-    let probes = request.probes.len();
-    let pool = pool.map(pool::Sizes::of);
-    let load = |kind| {
-        let loaded = load_for(kind, tgid, request.sites, probes, stacks, pool)?;
-        Ok((kind, loaded))
-    };
+fn load(request: &Request<'_>, points: &Points) -> Result<(LinkKind, Loaded), EngineError> {
+    let probes = points.placed.len();
+    let load = |kind| Ok((kind, load_for(kind, Options::of(request, points), probes)?));
     match request.link {
         LinkChoice::Only(kind) => load(kind),
         LinkChoice::Auto => {
@@ -233,23 +206,11 @@ fn too_many(probes: usize, reasons: Vec<EngineError>) -> EngineError {
     }
 }
 
-fn load_for(
-    kind: LinkKind,
-    tgid: u32,
-    sites: u32,
-    probes: usize,
-    stacks: Option<u32>,
-    pool: Option<pool::Sizes>,
-) -> Result<Loaded, EngineError> {
-    let addresses = links::addresses(kind, probes);
+fn load_for(kind: LinkKind, options: Options, probes: usize) -> Result<Loaded, EngineError> {
     let loaded = object::load(&Options {
-        tgid,
-        sites: if addresses > 0 { addresses } else { sites },
-        stacks,
         multi: kind == LinkKind::UprobeMulti,
-        addresses,
-        // Without cookies its probes cannot be told from those of sites.
-        pool: pool.filter(|_| addresses == 0),
+        addresses: links::addresses(kind, probes),
+        ..options
     })?;
     links::is_supported(kind, &loaded.program)?;
     Ok(loaded)

@@ -7,22 +7,19 @@ use std::{
     sync::LazyLock,
 };
 
-use deferprof_ebpf_common::{Cookie, Role};
-use deferprof_symbols::Probe;
 use nix::{libc, unistd::Pid};
 
-use super::{links, object, sys};
+use super::{links, object, points::Placed, sys};
 use crate::engine::{EngineError, features, setting};
 
 /// Attaches `program` at all `probes`.
 pub(super) fn attach(
     program: &OwnedFd,
     path: &CStr,
-    probes: &[Probe],
+    probes: &[Placed],
     pid: Pid,
-    role: Role,
 ) -> Result<OwnedFd, EngineError> {
-    let link = |probes: &[Probe]| link(program.as_fd(), path, probes, pid, role);
+    let link = |probes: &[Placed]| link(program.as_fd(), path, probes, pid);
     link(probes).map_err(|error| {
         let action = || format!("attach {} probes with a uprobe_multi link", probes.len());
         match error.raw_os_error() {
@@ -55,13 +52,12 @@ pub(super) fn is_supported(program: BorrowedFd<'_>) -> Result<(), io::Error> {
 fn link(
     program: BorrowedFd<'_>,
     path: &CStr,
-    probes: &[Probe],
+    probes: &[Placed],
     pid: Pid,
-    role: Role,
 ) -> io::Result<OwnedFd> {
     let (offsets, cookies): (Vec<_>, Vec<_>) = probes
         .iter()
-        .map(|probe| (probe.offset.0, Cookie::new(role, probe.site).0))
+        .map(|probe| (probe.offset.0, probe.cookie.0))
         .unzip();
     // The program filters as well, so that on a kernel that leaves out other threads than the first
     // all processes may report.
@@ -75,9 +71,9 @@ fn link(
 /// The first probe that the kernel refuses. The error of the whole does not name it, so it is
 /// looked for by halves: about 14 attempts for 10,000 probes.
 fn refused(
-    mut probes: &[Probe],
-    link: &dyn Fn(&[Probe]) -> io::Result<OwnedFd>,
-) -> Option<(Probe, io::Error)> {
+    mut probes: &[Placed],
+    link: &dyn Fn(&[Placed]) -> io::Result<OwnedFd>,
+) -> Option<(Placed, io::Error)> {
     loop {
         if let [probe] = probes {
             return Some((*probe, link(probes).err()?));

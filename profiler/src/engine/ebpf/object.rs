@@ -15,15 +15,18 @@ use aya_obj::{
     EbpfSectionKind, Object,
     generated::{bpf_insn, bpf_map_type},
 };
-use deferprof_ebpf_common::{Cookie, Role, name, pool::PoolOutcome};
-use deferprof_symbols::Probe;
+use deferprof_ebpf_common::{
+    Cookie, MAX_SEVERAL, latency::Time, name, pool::PoolOutcome, run::RunPath,
+};
 
 use super::{
-    pool,
+    latency,
+    points::{Placed, Points},
+    pool, run,
     sys::{self, Map, MapSpec},
 };
 use crate::engine::{
-    EngineError,
+    EngineError, Request,
     error::Capability::{self, Bpf, Perfmon},
 };
 
@@ -52,44 +55,125 @@ pub(super) const NEEDED: &[Capability] = &[Bpf, Perfmon];
 const LOG_LINES: usize = 12;
 
 /// What to load.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Options {
     /// The thread group to count.
-    pub(super) tgid: u32,
+    tgid: u32,
     /// How many sites.
-    pub(super) sites: u32,
-    /// How many stacks; `None` loads the program that takes none.
-    pub(super) stacks: Option<u32>,
+    sites: u32,
+    /// How many stacks; `None` takes none.
+    stacks: Option<u32>,
     /// For a uprobe_multi link, or for perf events.
     pub(super) multi: bool,
     /// How many probes the program tells apart by their address; 0 if by the kernel's cookie.
     pub(super) addresses: u32,
-    /// Also load the program on the runtime's rare paths.
-    pub(super) pool: Option<pool::Sizes>,
+    /// How many lists of answers.
+    lists: u32,
+    /// How many calls of the runtime have a site.
+    returns: u32,
+    /// How many probes are on rare paths with records.
+    pool: u32,
+    /// How many probes are in the runtime's loops, and how many functions have open-coded defers.
+    runs: Option<(u32, u32)>,
+    /// Whether records of range-over-func bodies must be remembered.
+    records: bool,
+    /// What hits cost, emulated and single-stepped, if times are measured.
+    taxes: Option<(u64, u64)>,
 }
 
-/// The maps by name, and the programs that use them.
+impl Options {
+    pub(super) fn of(request: &Request<'_>, points: &Points) -> Self {
+        let size = |length: usize| u32::try_from(length).unwrap_or(u32::MAX);
+        let more = &request.more;
+        let runs = more.runs.map(|runs| runs.probes);
+        Self {
+            tgid: request.pid.as_raw() as u32,
+            sites: request.sites,
+            stacks: request.stacks.map(std::num::NonZeroU32::get),
+            lists: size(points.lists.len()),
+            returns: size(more.returns.len()),
+            pool: size(more.pool.map_or(0, |pool| pool.probes.len())),
+            runs: runs.map(|runs| (size(runs.probes.len()), size(runs.frames.len()))),
+            records: runs.is_some_and(|runs| runs.probes.iter().any(|probe| probe.keeps)),
+            taxes: more.latency.map(|l| (l.emulated_ns, l.single_stepped_ns)),
+            ..Self::default()
+        }
+    }
+}
+
+/// The maps by name, and the program that uses them.
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub(super) maps: HashMap<&'static str, Map>,
     pub(super) program: OwnedFd,
-    /// The one on the runtime's rare paths, if it was wanted.
-    pub(super) pool: Option<OwnedFd>,
 }
 
 impl Loaded {
     /// Tells the program where each probe is, for kinds of links that have no cookies.
-    pub(super) fn know(&self, addresses: &[u64], probes: &[Probe]) -> Result<(), EngineError> {
+    pub(super) fn know(&self, addresses: &[u64], placed: &[Placed]) -> Result<(), EngineError> {
+        let cookies = map(&self.maps, name::COOKIES)?;
         let tell = || -> io::Result<()> {
-            for (address, probe) in addresses.iter().zip(probes) {
-                let cookie = Cookie::new(Role::Registered, probe.site);
-                if let Some(map) = self.maps.get(name::COOKIES) {
-                    map.update(&address.to_ne_bytes(), cookie.0.to_ne_bytes().to_vec())?;
-                }
+            for (address, probe) in addresses.iter().zip(placed) {
+                cookies.update(&address.to_ne_bytes(), probe.cookie.0.to_ne_bytes().to_vec())?;
             }
             Ok(())
         };
         tell().map_err(|error| EngineError::system("tell the eBPF program its probes", error))
+    }
+
+    /// Tells the program what the probes stand for.
+    pub(super) fn fill(&self, request: &Request<'_>, points: &Points) -> Result<(), EngineError> {
+        let (lists, sites) = (map(&self.maps, name::LISTS)?, map(&self.maps, name::SITES)?);
+        let tell = || -> io::Result<()> {
+            for (number, cookies) in (0u32..).zip(&points.lists) {
+                lists.update(&number.to_ne_bytes(), list_bytes(cookies))?;
+            }
+            for (address, site) in request.more.returns {
+                sites.update(&address.0.to_ne_bytes(), site.to_ne_bytes().to_vec())?;
+            }
+            Ok(())
+        };
+        tell().map_err(|error| EngineError::system("tell the eBPF program its sites", error))?;
+        if let Some(probes) = request.more.pool {
+            pool::fill(&self.maps, probes)?;
+        }
+        match request.more.runs {
+            Some(runs) => run::fill(&self.maps, runs.probes),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A [`Several`](deferprof_ebpf_common::Several) as the map holds it.
+fn list_bytes(cookies: &[Cookie]) -> Vec<u8> {
+    let mut words = [0; 1 + MAX_SEVERAL];
+    words[0] = cookies.len() as u64;
+    for (to, from) in words[1..].iter_mut().zip(cookies) {
+        *to = from.0;
+    }
+    words.into_iter().flat_map(u64::to_ne_bytes).collect()
+}
+
+/// One of the maps.
+pub(super) fn map<'a>(
+    maps: &'a HashMap<&'static str, Map>,
+    name: &'static str,
+) -> Result<&'a Map, EngineError> {
+    maps.get(name).ok_or_else(|| missing(name))
+}
+
+/// Takes one of the maps.
+pub(super) fn take(
+    maps: &mut HashMap<&'static str, Map>,
+    name: &'static str,
+) -> Result<Map, EngineError> {
+    maps.remove(name).ok_or_else(|| missing(name))
+}
+
+fn missing(name: &str) -> EngineError {
+    EngineError::Object {
+        origin: "of this session".into(),
+        reason: format!("it has no map `{name}`"),
     }
 }
 
@@ -100,7 +184,7 @@ pub(super) fn load(options: &Options) -> Result<Loaded, EngineError> {
     match load(true) {
         // Without BPF_XCHG (before Linux 5.12, on arm64 5.18) programs are not preempted either
         // (that came with 6.0), so they need no claim.
-        Err(rejected @ EngineError::Rejected { .. }) if options.stacks.is_some() => {
+        Err(rejected @ EngineError::Rejected { .. }) => {
             // What the verifier says of the full program is what matters if both are refused.
             load(false).map_err(|_| rejected)
         }
@@ -134,33 +218,15 @@ fn load_from(
     set_variables(&mut object, options, preemptible)
         .map_err(|error| unusable(error.to_string()))?;
 
-    // Only the programs that are wanted, so that only their maps are needed.
-    let count = if options.stacks.is_some() {
-        name::COUNT_STACKS
-    } else {
-        name::COUNT
+    let Some(program) = object.programs.get(name::WATCH) else {
+        return Err(unusable(format!("it has no program `{}`", name::WATCH)));
     };
-    let wanted: Vec<_> = std::iter::once(count)
-        .chain(options.pool.map(|_| name::POOL_PROGRAM))
-        .collect();
-    object
-        .programs
-        .retain(|name, _| wanted.contains(&name.as_str()));
-    let mut keys = Vec::new();
-    for wanted in &wanted {
-        let Some(program) = object.programs.get(*wanted) else {
-            return Err(unusable(format!("it has no program `{wanted}`")));
-        };
-        keys.push(program.function_key());
-    }
+    let key = program.function_key();
     let text_sections = object
         .functions
         .keys()
         .map(|(section, _)| *section)
         .collect();
-    object
-        .functions
-        .retain(|function, _| keys.contains(function));
 
     let maps = create_maps(&object, options, &unusable)?;
     let relocations: Vec<_> = maps
@@ -180,30 +246,18 @@ fn load_from(
         .and_then(|()| object.relocate_calls(&text_sections))
         .map_err(|error| unusable(format!("{error}: {:?}", std::error::Error::source(&error))))?;
 
-    let mut programs = Vec::new();
-    for (wanted, key) in wanted.iter().zip(&keys) {
-        let mut instructions = object.functions[key].instructions.clone();
-        if !preemptible {
-            without_exchange(&mut instructions);
-        }
-        let program = sys::load_program(
-            &format!("defer_{wanted}"),
-            &instructions,
-            &object.license,
-            options.multi,
-        );
-        programs.push(program.map_err(|(error, log)| program_error(wanted, error, &log))?);
+    let mut instructions = object.functions[&key].instructions.clone();
+    if !preemptible {
+        without_exchange(&mut instructions);
     }
-    let mut programs = programs.into_iter();
-    let Some(program) = programs.next() else {
-        return Err(unusable("it has no program".into()));
-    };
-    let pool = programs.next();
-    Ok(Loaded {
-        maps,
-        program,
-        pool,
-    })
+    let program = sys::load_program(
+        &format!("defer_{}", name::WATCH),
+        &instructions,
+        &object.license,
+        options.multi,
+    )
+    .map_err(|(error, log)| program_error(name::WATCH, error, &log))?;
+    Ok(Loaded { maps, program })
 }
 
 /// Puts a move of 0 in the place of each BPF_XCHG. Before Linux 5.12 the kernel refuses a program that
@@ -240,11 +294,19 @@ fn set_variables(
         u32::from(preemptible).to_ne_bytes(),
     );
     let (inode, device) = (inode.to_ne_bytes(), device.to_ne_bytes());
-    let by_address = u32::from(options.addresses > 0).to_ne_bytes();
+    let flag = |set: bool| u32::from(set).to_ne_bytes();
+    let (by_address, stacks) = (flag(options.addresses > 0), flag(options.stacks.is_some()));
+    let latency = flag(options.taxes.is_some());
+    let (emulated, stepped) = options.taxes.unwrap_or_default();
+    let (emulated, stepped) = (emulated.to_ne_bytes(), stepped.to_ne_bytes());
     object.patch_map_data(HashMap::from([
         (name::TGID, (&tgid[..], true)),
         (name::PREEMPTIBLE, (&preemptible[..], true)),
         (name::BY_ADDRESS, (&by_address[..], true)),
+        (name::TAKE_STACKS, (&stacks[..], true)),
+        (name::LATENCY, (&latency[..], true)),
+        (name::TAX_EMULATED, (&emulated[..], true)),
+        (name::TAX_STEPPED, (&stepped[..], true)),
         (name::PIDNS_INODE, (&inode[..], true)),
         (name::PIDNS_DEVICE, (&device[..], true)),
     ]))
@@ -264,38 +326,47 @@ pub(crate) fn in_initial_pid_namespace() -> bool {
     pid_namespace().is_none()
 }
 
-/// Makes the maps that the wanted program uses.
+/// Makes the maps. The program refers to all of them: those of questions that are not asked are of
+/// one entry.
 fn create_maps(
     object: &Object,
     options: &Options,
     unusable: &dyn Fn(String) -> EngineError,
 ) -> Result<HashMap<&'static str, Map>, EngineError> {
-    let stacks = options.stacks.unwrap_or(1);
     // An empty map is no map: there is always room for one.
     let sites = options.sites.max(1);
-    let mut sizes = vec![
+    let stacks = options.stacks.unwrap_or(1);
+    let if_asked = |asked: bool, size: u32| if asked { size.max(1) } else { 1 };
+    let by_site = |asked: bool, each: u32| if_asked(asked, sites.saturating_mul(each));
+    let (runs, frames) = options.runs.unwrap_or_default();
+    let ran = options.runs.is_some();
+    let latency = options.taxes.is_some();
+    let sizes = [
         (RODATA, None),
         (name::COUNTING, None),
         (name::REGISTERED, Some(sites)),
         (name::EVENTS, None),
         (name::COOKIES, Some(options.addresses.max(1))),
+        (name::LISTS, Some(options.lists.max(1))),
+        (name::SITES, Some(options.returns.max(1))),
+        (name::STACKS, Some(stacks)),
+        (name::STACK_COUNTS, Some(stacks)),
+        (name::STACKS_LOST, Some(by_site(options.stacks.is_some(), 1))),
+        (name::SCRATCH, None),
+        (name::POOL_POINTS, Some(options.pool.max(1))),
+        (name::POOL, Some(by_site(options.pool > 0, PoolOutcome::COUNT))),
+        (name::POOL_TOTALS, None),
+        (name::RUN_POINTS, Some(runs.max(1))),
+        (name::RUN_LAYOUT, None),
+        (name::OPEN_FRAMES, Some(frames.max(1))),
+        (name::RECORDS, Some(if_asked(options.records, run::RECORDS))),
+        (name::RAN, Some(by_site(ran, RunPath::COUNT))),
+        (name::RUN_TOTALS, None),
+        (name::GOROUTINES, Some(if_asked(latency, latency::GOROUTINES))),
+        (name::IN_FLIGHT, Some(if_asked(latency, latency::IN_FLIGHT))),
+        (name::BUCKETS, Some(if_asked(latency, latency::BUCKETS))),
+        (name::SUMS, Some(by_site(latency, Time::COUNT))),
     ];
-    if options.stacks.is_some() {
-        sizes.extend([
-            (name::STACKS, Some(stacks)),
-            (name::STACK_COUNTS, Some(stacks)),
-            (name::STACKS_LOST, Some(sites)),
-            (name::SCRATCH, None),
-        ]);
-    }
-    if let Some(pool) = options.pool {
-        sizes.extend([
-            (name::POOL_POINTS, Some(pool.points)),
-            (name::POOL_SITES, Some(pool.returns)),
-            (name::POOL, Some(sites.saturating_mul(PoolOutcome::COUNT))),
-            (name::POOL_TOTALS, None),
-        ]);
-    }
     let cpus = possible_cpus()?;
     let mut maps = HashMap::new();
     for (name, size) in sizes {

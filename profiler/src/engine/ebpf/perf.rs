@@ -12,15 +12,13 @@ use std::{
     thread,
 };
 
-use deferprof_ebpf_common::{Cookie, Role};
-use deferprof_symbols::Probe;
 use nix::{
     libc,
     sys::resource::{Resource, getrlimit, setrlimit},
     unistd::Pid,
 };
 
-use super::{links, sys};
+use super::{links, points::Placed, sys};
 use crate::engine::{
     EngineError,
     error::Capability::{self, Bpf, SysAdmin, SysResource},
@@ -50,9 +48,8 @@ pub(super) struct PerfLinks(Vec<OwnedFd>);
 pub(super) fn attach(
     program: &OwnedFd,
     path: &CStr,
-    probes: &[Probe],
+    probes: &[Placed],
     pid: Pid,
-    role: Role,
 ) -> Result<PerfLinks, EngineError> {
     let kind = event_type().map_err(|error| EngineError::NotSupported {
         action: "attach probes with perf events".into(),
@@ -62,7 +59,7 @@ pub(super) fn attach(
     // Dropped on an error, and then the ones attached so far are closed together.
     let mut attached = PerfLinks(Vec::with_capacity(probes.len()));
     for probe in probes {
-        let link = link(program.as_fd(), path, kind, probe, pid, role);
+        let link = link(program.as_fd(), path, kind, probe, pid);
         attached
             .0
             .push(link.map_err(|error| explain(error, probe, probes.len(), pid))?);
@@ -74,20 +71,18 @@ fn link(
     program: BorrowedFd<'_>,
     path: &CStr,
     kind: u32,
-    probe: &Probe,
+    probe: &Placed,
     pid: Pid,
-    role: Role,
 ) -> io::Result<OwnedFd> {
     let event = sys::open_uprobe(kind, path, probe.offset.0, pid)?;
     if !links::has_cookies() {
         sys::set_program(event.as_fd(), program)?;
         return Ok(event);
     }
-    let cookie = Cookie::new(role, probe.site);
-    sys::link_perf_event(program, event.as_fd(), cookie.0)
+    sys::link_perf_event(program, event.as_fd(), probe.cookie.0)
 }
 
-fn explain(error: io::Error, probe: &Probe, probes: usize, pid: Pid) -> EngineError {
+fn explain(error: io::Error, probe: &Placed, probes: usize, pid: Pid) -> EngineError {
     let action = format!("attach {probes} probes with perf events");
     match error.raw_os_error() {
         Some(libc::ESRCH) => EngineError::NoTarget { pid },

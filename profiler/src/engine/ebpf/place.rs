@@ -7,9 +7,10 @@ use std::{
     os::{fd::BorrowedFd, linux::fs::MetadataExt as _, unix::fs::FileExt as _},
 };
 
-use deferprof_symbols::{FileOffset, Probe};
+use deferprof_symbols::FileOffset;
 use nix::unistd::Pid;
 
+use super::points::Placed;
 use crate::engine::EngineError;
 
 /// A part of the executable in memory.
@@ -23,7 +24,7 @@ struct Segment {
 /// The runtime address of each probe.
 pub(super) fn addresses(
     executable: BorrowedFd<'_>,
-    probes: &[Probe],
+    probes: &[Placed],
     pid: Pid,
 ) -> Result<Vec<u64>, EngineError> {
     let failed = |error| EngineError::system("find where the target's code is in memory", error);

@@ -1,11 +1,7 @@
 //! Where heap records came from: what the program on the runtime's rare paths is told, and what it
 //! has counted. Kernel side: ebpf/src/pool.rs.
 
-use std::{
-    collections::HashMap,
-    io,
-    os::fd::{AsFd as _, OwnedFd},
-};
+use std::{collections::HashMap, io};
 
 use deferprof_ebpf_common::{
     name,
@@ -13,73 +9,30 @@ use deferprof_ebpf_common::{
         MAX_CALLERS, PoolCaller, PoolEvent as Seen, PoolOffsets, PoolOutcome, PoolPoint, PoolTotal,
     },
 };
-use deferprof_symbols::{Caller, LocalPool, PoolEvent, PoolProbe, Probe};
+use deferprof_symbols::{Caller, LocalPool, PoolEvent, PoolProbe, PoolProbes};
 
 use super::{
     counters::per_cpu_array,
-    sys::{self, Map},
+    object::{map, take},
+    sys::Map,
 };
-use crate::engine::{EngineError, PoolCounts, PoolRequest};
+use crate::engine::{EngineError, PoolCounts};
 
-/// How large the maps must be.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
-    pub(super) points: u32,
-    pub(super) returns: u32,
-}
-
-impl Sizes {
-    pub(super) fn of(request: &PoolRequest<'_>) -> Self {
-        let size = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).max(1);
-        Self {
-            points: size(request.probes.probes.len()),
-            returns: size(request.returns.len()),
-        }
-    }
-}
-
-/// The probes as the links take them: numbered.
-pub(super) fn probes(request: &PoolRequest<'_>) -> Vec<Probe> {
-    let numbered = (0u32..).zip(&request.probes.probes);
-    numbered
-        .map(|(number, probe)| Probe {
-            offset: probe.point.offset,
-            site: number,
-        })
-        .collect()
-}
-
-/// Tells the program what its probes stand on, and which site calls the runtime where.
+/// Tells the program what its probes stand on.
 pub(super) fn fill(
     maps: &HashMap<&'static str, Map>,
-    request: &PoolRequest<'_>,
+    pool: &PoolProbes,
 ) -> Result<(), EngineError> {
-    let (points, sites) = (map(maps, name::POOL_POINTS)?, map(maps, name::POOL_SITES)?);
-    let fill = || -> io::Result<()> {
-        for (number, probe) in (0u32..).zip(&request.probes.probes) {
-            let point = bytes(&point(probe, &request.probes.local));
-            points.update(&number.to_ne_bytes(), point)?;
-        }
-        for (address, site) in request.returns {
-            sites.update(&address.0.to_ne_bytes(), site.to_ne_bytes().to_vec())?;
-        }
-        Ok(())
-    };
-    fill().map_err(|error| EngineError::system("tell the eBPF programs about the deferpool", error))
-}
-
-fn map<'a>(
-    maps: &'a HashMap<&'static str, Map>,
-    name: &'static str,
-) -> Result<&'a Map, EngineError> {
-    maps.get(name).ok_or_else(|| missing(name))
-}
-
-fn missing(name: &str) -> EngineError {
-    EngineError::Object {
-        origin: "of this session".into(),
-        reason: format!("it has no map `{name}`"),
+    let points = map(maps, name::POOL_POINTS)?;
+    for (number, probe) in (0u32..).zip(&pool.probes) {
+        let point = bytes(&point(probe, &pool.local));
+        points
+            .update(&number.to_ne_bytes(), point)
+            .map_err(|error| {
+                EngineError::system("tell the eBPF program about the deferpool", error)
+            })?;
     }
+    Ok(())
 }
 
 fn point(probe: &PoolProbe, local: &LocalPool) -> PoolPoint {
@@ -141,28 +94,24 @@ fn bytes(point: &PoolPoint) -> Vec<u8> {
 pub(super) struct PoolCounters {
     sites: Map,
     totals: Map,
-    program: OwnedFd,
     count: u32,
 }
 
 impl PoolCounters {
-    /// Takes over the maps that were made for `program`.
+    /// Takes over the maps.
     pub(super) fn new(
         maps: &mut HashMap<&'static str, Map>,
-        program: OwnedFd,
         sites: u32,
     ) -> Result<Self, EngineError> {
-        let mut take = |name| maps.remove(name).ok_or_else(|| missing(name));
         Ok(Self {
-            sites: take(name::POOL)?,
-            totals: take(name::POOL_TOTALS)?,
-            program,
+            sites: take(maps, name::POOL)?,
+            totals: take(maps, name::POOL_TOTALS)?,
             count: sites,
         })
     }
 
-    /// Reads all of them, and how often the kernel left out the program.
-    pub(super) fn read(&self) -> io::Result<PoolCounts> {
+    /// Reads all of them. `missed` is how often the kernel left out the program.
+    pub(super) fn read(&self, missed: u64) -> io::Result<PoolCounts> {
         let outcomes = self.count.saturating_mul(PoolOutcome::COUNT);
         let outcomes = per_cpu_array(&self.sites, outcomes)?;
         let of = |outcome: PoolOutcome| {
@@ -180,7 +129,7 @@ impl PoolCounters {
             empty: total(PoolTotal::Empty),
             bad_pool: total(PoolTotal::BadPool),
             bad_stack: total(PoolTotal::BadStack),
-            missed: sys::recursion_misses(self.program.as_fd())?,
+            missed,
         })
     }
 }

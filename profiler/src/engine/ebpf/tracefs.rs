@@ -18,10 +18,9 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use deferprof_symbols::Probe;
 use nix::{libc, unistd::Pid};
 
-use super::{links, object, sys};
+use super::{links, object, points::Placed, sys};
 use crate::engine::EngineError;
 
 /// Where tracefs is mounted: by itself, or in debugfs.
@@ -52,7 +51,7 @@ struct Definition {
 pub(super) fn attach(
     program: &OwnedFd,
     path: &CStr,
-    probes: &[Probe],
+    probes: &[Placed],
     pid: Pid,
 ) -> Result<TraceEvent, EngineError> {
     let explain = |error: io::Error| {
@@ -121,7 +120,7 @@ impl Definition {
     }
 
     /// Writes it. An error comes with the probe that it is about, as far as that is known.
-    fn define(&self, path: &str, probes: &[Probe]) -> Result<(), (io::Error, Option<Probe>)> {
+    fn define(&self, path: &str, probes: &[Placed]) -> Result<(), (io::Error, Option<Placed>)> {
         let events = self.mount.join("uprobe_events");
         let file = OpenOptions::new().append(true).open(events);
         let mut file = file.map_err(|error| (error, None))?;
