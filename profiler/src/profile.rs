@@ -17,8 +17,8 @@ pub use build::{RawStack, Recording, SiteCount};
 pub use jiff::Timestamp;
 pub use load::{FILE_LIMIT, LoadError};
 pub use model::{
-    Engine, Histogram, Latency, LinkKind, Loss, Overhead, Pool, Profile, ProfileSite, Ran, Runtime,
-    Stack, StackFrame, Target, Totals, Window,
+    Engine, Histogram, Latency, LinkKind, Loss, Overhead, Panics, Pool, Profile, ProfileSite, Ran,
+    Runtime, Stack, StackFrame, Target, Totals, Window,
 };
 pub use scan::{Scan, ScanBinary, ScanProbe, ScanSite};
 pub use site::SiteInfo;

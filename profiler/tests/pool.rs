@@ -6,12 +6,12 @@ mod support;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use deferprof_fixtures::{Build, Fixture, PoolTruth, Toolchain};
+use deferprof_fixtures::{Build, Fixture, RuntimeTruth, Toolchain};
 use serde_json::Value;
 use support::{as_the_runtime_names_it, deferprof, or_skip, uprobes_work};
 
 /// Records a run on many Ps; the profile and what the runtime counted.
-fn record(binary: &Path, link: &str) -> (Value, PoolTruth) {
+fn record(binary: &Path, link: &str) -> (Value, RuntimeTruth) {
     let name = binary.file_name().unwrap().to_string_lossy();
     let profile = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{link}.json"));
     let output = deferprof()
@@ -25,7 +25,7 @@ fn record(binary: &Path, link: &str) -> (Value, PoolTruth) {
         .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
-    let truth = PoolTruth::read(binary, &stderr).unwrap();
+    let truth = RuntimeTruth::read(binary, &stderr).unwrap();
     let text = std::fs::read(&profile).unwrap();
     (serde_json::from_slice(&text).unwrap(), truth)
 }

@@ -217,6 +217,7 @@ impl<'a> Plan<'a> {
                 })
                 .collect(),
             runtime: pool::of_process(&counts),
+            panics: None,
             stacks,
             overhead: Some(profile::Overhead {
                 probes: probes as u64,
@@ -227,6 +228,7 @@ impl<'a> Plan<'a> {
             loss: Some(profile::Loss {
                 dropped: Some(counts.loss.hits()),
                 evicted: Some(0),
+                unmatched: None,
             }),
             warnings,
         };

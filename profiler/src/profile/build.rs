@@ -6,8 +6,8 @@ use deferprof_symbols::{Frame, Site, VirtualAddress};
 
 use super::load::Schema;
 use super::{
-    Engine, LinkKind, Loss, Overhead, Pool, Profile, ProfileSite, Runtime, SiteInfo, Stack,
-    StackFrame, Target, Window,
+    Engine, Latency, LinkKind, Loss, Overhead, Panics, Pool, Profile, ProfileSite, Ran, Runtime,
+    SiteInfo, Stack, StackFrame, Target, Window,
 };
 use crate::cost::CostTable;
 
@@ -27,6 +27,8 @@ pub struct Recording {
     pub sites: Vec<SiteCount>,
     /// The deferpool of the whole process, if it was measured.
     pub runtime: Option<Runtime>,
+    /// The panics of the whole process, if they were counted.
+    pub panics: Option<Panics>,
     /// Call stacks, or `None` if they were not asked for.
     pub stacks: Option<Vec<RawStack>>,
     /// What the profiler cost the target.
@@ -46,6 +48,12 @@ pub struct SiteCount {
     pub registered: Option<u64>,
     /// Where its records came from, if that was measured.
     pub pool: Option<Pool>,
+    /// How often its deferred call was made, if that was measured.
+    pub ran: Option<Ran>,
+    /// How many were registered and had not run at the process's end, if that is known.
+    pub pending: Option<u64>,
+    /// Its times, if they were measured.
+    pub latency: Option<Latency>,
 }
 
 /// One call stack as an engine saw it.
@@ -67,6 +75,9 @@ impl SiteCount {
             info: SiteInfo::from(site),
             registered,
             pool: None,
+            ran: None,
+            pending: None,
+            latency: None,
         }
     }
 }
@@ -96,15 +107,19 @@ impl Profile {
                      info,
                      registered,
                      pool,
+                     ran,
+                     pending,
+                     latency,
                  }| {
                     let cost = registered.and_then(|n| costs.cost_ns(info.mechanism, n));
                     let saving = registered.and_then(|n| costs.saving_ns(info.mechanism, n));
                     ProfileSite {
                         info,
                         registered,
-                        ran: None,
+                        ran,
+                        pending,
                         pool,
-                        latency_ns: None,
+                        latency_ns: latency,
                         estimated: None,
                         cost_ns: cost,
                         saving_ns: saving,
@@ -139,6 +154,7 @@ impl Profile {
             window: recording.window,
             sites,
             runtime: recording.runtime,
+            panics: recording.panics,
             frames: stacks.is_some().then_some(resolver.table),
             stacks,
             overhead: recording.overhead,
@@ -253,6 +269,9 @@ mod tests {
             },
             registered,
             pool: None,
+            ran: None,
+            pending: None,
+            latency: None,
         }
     }
 
@@ -268,6 +287,7 @@ mod tests {
             },
             engine: Engine::Ebpf,
             runtime: None,
+            panics: None,
             link: None,
             window: Window {
                 start: jiff::Timestamp::UNIX_EPOCH,

@@ -26,6 +26,9 @@ pub struct Profile {
     /// The process-wide deferpool; `None` if not measured.
     #[serde(default)]
     pub runtime: Option<Runtime>,
+    /// The panics of the whole process; `None` if not measured.
+    #[serde(default)]
+    pub panics: Option<Panics>,
     /// Who called the sites; `None` if stacks were not asked for.
     #[serde(default)]
     pub stacks: Option<Vec<Stack>>,
@@ -109,6 +112,10 @@ pub struct ProfileSite {
     /// How often the deferred call was made, by path.
     #[serde(default)]
     pub ran: Option<Ran>,
+    /// How many were registered and had not run when the process ended; `None` unless it was
+    /// watched from its first instruction to its last.
+    #[serde(default)]
+    pub pending: Option<u64>,
     /// Where the records of a heap site came from.
     #[serde(default)]
     pub pool: Option<Pool>,
@@ -127,14 +134,24 @@ pub struct ProfileSite {
 }
 
 /// How often a deferred call was made, by path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ran {
-    /// On a normal return.
+    /// On a return: by the function's own exit code or by `runtime.deferreturn`, which also runs
+    /// what is left of a frame in which a panic was recovered.
     pub r#return: u64,
-    /// While panicking.
+    /// By the loop of a panic.
     pub panic: u64,
-    /// In `runtime.Goexit`.
+    /// By the loop of `runtime.Goexit`.
     pub goexit: u64,
+}
+
+/// The panics of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Panics {
+    /// How many started: calls of `panic`, also by the runtime and while another one unwinds.
+    pub started: u64,
+    /// How many of them a deferred call recovered.
+    pub recovered: u64,
 }
 
 /// Where heap records came from.
@@ -261,6 +278,9 @@ pub struct Loss {
     /// Entries that made room for others before their end was seen.
     #[serde(default)]
     pub evicted: Option<u64>,
+    /// Starts of which no end was seen, and ends of which no start was.
+    #[serde(default)]
+    pub unmatched: Option<u64>,
 }
 
 /// Sums over all sites.
@@ -305,6 +325,15 @@ impl ProfileSite {
     /// How often the statement executed, unmeasured counting as never.
     pub fn count(&self) -> u64 {
         self.registered.unwrap_or(0)
+    }
+}
+
+impl Ran {
+    /// On all paths together. Saturates.
+    pub fn total(self) -> u64 {
+        self.r#return
+            .saturating_add(self.panic)
+            .saturating_add(self.goexit)
     }
 }
 

@@ -65,7 +65,7 @@ fn fields_that_may_be_null_may_be_missing() {
                 .retain(|_, field| !field.is_null());
         }
         for field in [
-            "link", "runtime", "stacks", "frames", "overhead", "loss", "warnings",
+            "link", "runtime", "panics", "stacks", "frames", "overhead", "loss", "warnings",
         ] {
             value.as_object_mut().unwrap().remove(field);
         }

@@ -41,6 +41,25 @@ pub fn uprobes_work() -> bool {
     })
 }
 
+/// Whether uprobes can be used and this `deferprof` measures more than counts; says so where not.
+pub fn measures_ran() -> bool {
+    static MEASURES: OnceLock<bool> = OnceLock::new();
+    uprobes_work()
+        && *MEASURES.get_or_init(|| {
+            let help = output(&["run", "--help"]).stdout;
+            let measures = String::from_utf8_lossy(&help).contains("--latency");
+            if !measures {
+                println!("skipped: `deferprof run` has no --latency yet");
+            }
+            measures
+        })
+}
+
+/// Whether the whole matrix is asked for.
+pub fn full() -> bool {
+    std::env::var_os("DEFERPROF_FULL").is_some()
+}
+
 /// Unwraps, or prints why the case is skipped.
 pub fn or_skip<T>(what: &str, result: deferprof_fixtures::Result<T>) -> Option<T> {
     match result {
@@ -61,6 +80,20 @@ pub fn as_the_runtime_names_it(function: &str) -> String {
         }
         _ => function.to_owned(),
     }
+}
+
+/// The site of a function, as the runtime names it, and line; for fixtures with one site a line.
+pub fn site_at<'a>(
+    profile: &'a serde_json::Value,
+    function: &str,
+    line: u32,
+) -> &'a serde_json::Value {
+    let sites = profile["sites"].as_array().unwrap();
+    let site = sites.iter().find(|site| {
+        as_the_runtime_names_it(site["function"].as_str().unwrap()) == function
+            && site["line"] == line
+    });
+    site.unwrap_or_else(|| panic!("no site in {function} on line {line}"))
 }
 
 /// A `deferprof` that records.
