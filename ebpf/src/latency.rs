@@ -29,6 +29,8 @@ static SUMS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 static TAX_EMULATED: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static TAX_STEPPED: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static TAX_CALL: Global<u64> = Global::new(0);
 
 /// `g.stack.hi`
 const STACK_HIGH: u64 = 8;
@@ -136,6 +138,9 @@ pub fn call(hit: &Hit, site: u32, held: &InFlightKey, depth: u64) {
         what: CALL,
     };
     start(hit, site, &key);
+    if let Some(goroutine) = goroutine(hit.g(), hit.time) {
+        goroutine.tax += TAX_CALL.load();
+    }
 }
 
 /// A call that this frame made may have returned.

@@ -65,6 +65,8 @@ fn measure(kind: LinkKind) {
             sites: number as u32,
             stacks: None,
             link,
+            sites_cost: &[],
+            more: More::default(),
         });
         let session = match session {
             Ok(session) => session,

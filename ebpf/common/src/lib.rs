@@ -82,6 +82,8 @@ pub mod name {
     pub const TAX_EMULATED: &str = "TAX_EMULATED";
     /// See [`TAX_EMULATED`].
     pub const TAX_STEPPED: &str = "TAX_STEPPED";
+    /// How much more a hit costs that starts a call (`u64`).
+    pub const TAX_CALL: &str = "TAX_CALL";
     /// The thread group that is counted, as the namespace that was chosen numbers it (`u32`).
     pub const TGID: &str = "TGID";
     /// Inode of the pid namespace in which `TGID` counts, 0 for the initial one (`u64`).

@@ -107,6 +107,16 @@ pub struct RecordArgs {
     /// Record who calls each defer. A hit costs more then.
     #[arg(long)]
     pub stacks: bool,
+    /// Measure how long registering, the deferred call and the hold take. A hit costs more then, and
+    /// there are more of them.
+    #[arg(long, conflicts_with = "no_ran")]
+    pub latency: bool,
+    /// Do not count how often deferred calls were made, and by which path. Saves a probe hit a defer.
+    #[arg(long)]
+    pub no_ran: bool,
+    /// Do not tell where heap records came from.
+    #[arg(long)]
+    pub no_pool: bool,
     /// Only defers in functions whose name (with package) matches.
     #[arg(long, value_name = "REGEX")]
     pub include: Option<Regex>,

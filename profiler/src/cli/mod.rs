@@ -6,6 +6,7 @@ mod output;
 mod plan;
 mod pool;
 mod progress;
+mod runs;
 mod record;
 
 use std::fs::File;

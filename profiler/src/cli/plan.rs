@@ -4,16 +4,17 @@
 use std::os::fd::AsFd as _;
 use std::time::Instant;
 
-use deferprof_symbols::{Binary, Frame, Inventory, Probe, Site, VirtualAddress};
+use deferprof_symbols::{Binary, Frame, Inventory, PoolProbes, Probe, Site, VirtualAddress};
 use nix::unistd::Pid;
 
 use super::args::RecordArgs;
 use super::error::UsageError;
-use super::pool::{self, PoolPlan};
 use super::progress::Progress;
+use super::runs::{self, RunPlan};
+use super::pool;
 use crate::engine::{
-    Calibration, Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, Request, Session,
-    calibrate,
+    Calibration, Counts, DEFAULT_STACKS, EngineError, InstructionCost, LatencyRequest, LinkChoice,
+    LinkKind, More, Request, Session, Taxes, calibrate, calibrate_latency,
 };
 use crate::profile::{self, Profile, RawStack, Recording, SiteCount, Target, Window};
 use crate::target::Executable;
@@ -23,16 +24,29 @@ pub(super) struct Plan<'a> {
     binary: &'a Binary<'a>,
     sites: Vec<Site>,
     probes: Vec<Probe>,
-    pool: PoolPlan,
+    costs: Vec<InstructionCost>,
+    takes_record: Vec<bool>,
+    returns: Vec<(VirtualAddress, u32)>,
+    pool: Option<PoolProbes>,
+    runs: RunPlan,
     warnings: Vec<String>,
     stacks: bool,
+    latency: bool,
     link: LinkChoice,
+}
+
+/// What a hit costs here.
+#[derive(Clone, Copy)]
+pub(super) struct Costs {
+    hit: Calibration,
+    /// If times are measured.
+    taxes: Option<Taxes>,
 }
 
 /// Probes in place.
 pub(super) struct Armed {
     pub(super) session: Session,
-    probes: usize,
+    refused: Option<String>,
 }
 
 /// What came of a recording.
@@ -40,6 +54,7 @@ pub(super) struct Measured {
     counts: Counts,
     link: LinkKind,
     probes: usize,
+    refused: Option<String>,
 }
 
 impl<'a> Plan<'a> {
@@ -79,7 +94,19 @@ impl<'a> Plan<'a> {
             };
             return Err(UsageError(message).into());
         }
-        let (pool, without) = PoolPlan::new(binary, &sites);
+        let (pool, without) = match args.no_pool {
+            true => (None, None),
+            false => pool::probes(binary),
+        };
+        warnings.extend(without);
+        let (runs, without) = match args.no_ran {
+            true => (RunPlan::none(), None),
+            false => RunPlan::new(binary, &sites),
+        };
+        let latency = args.latency && without.is_none();
+        if args.latency && !latency {
+            warnings.push("times are not measured, since deferred calls cannot be followed".into());
+        }
         warnings.extend(without);
         for warning in &warnings {
             progress.say(&format!("warning: {warning}"));
@@ -94,11 +121,19 @@ impl<'a> Plan<'a> {
         let (stacks, link) = (args.stacks, args.link.into());
         Ok(Self {
             binary,
+            costs: sites
+                .iter()
+                .map(|site| InstructionCost::of(&site.registration))
+                .collect(),
+            takes_record: sites.iter().map(pool::takes_records).collect(),
+            returns: runs::returns(binary, &sites),
             sites,
             probes,
             pool,
+            runs,
             warnings,
             stacks,
+            latency,
             link,
         })
     }
@@ -108,22 +143,37 @@ impl<'a> Plan<'a> {
     }
 
     /// What a hit costs here. Also the first to find out that probes cannot be used.
-    pub(super) fn calibrate(&self, progress: &mut Progress) -> anyhow::Result<Calibration> {
+    pub(super) fn calibrate(&self, progress: &mut Progress) -> anyhow::Result<Costs> {
         let start = Instant::now();
-        let calibration = calibrate(self.link, self.stacks())?;
+        let mut hit = calibrate(self.link, self.stacks())?;
+        let taxes = match self.latency {
+            true => Some(calibrate_latency(self.link, self.stacks())?),
+            false => None,
+        };
+        if let Some(taxes) = taxes {
+            hit.emulated_ns = taxes.emulated_ns as f64;
+            hit.single_stepped_ns = taxes.single_stepped_ns as f64;
+        }
         progress.detail(&format!(
             "a hit costs {:.0} ns emulated, {:.0} ns single-stepped (measured in {:.1?})",
-            calibration.emulated_ns,
-            calibration.single_stepped_ns,
+            hit.emulated_ns,
+            hit.single_stepped_ns,
             start.elapsed()
         ));
-        Ok(calibration)
+        if let Some(taxes) = taxes {
+            progress.detail(&format!(
+                "times below {} ns cannot be told from that",
+                taxes.floor_ns
+            ));
+        }
+        Ok(Costs { hit, taxes })
     }
 
     pub(super) fn arm(
         &self,
         executable: &Executable,
         pid: Pid,
+        costs: &Costs,
         progress: &mut Progress,
     ) -> anyhow::Result<Armed> {
         let start = Instant::now();
@@ -132,33 +182,52 @@ impl<'a> Plan<'a> {
             pid,
             probes: &self.probes,
             sites: u32::try_from(self.sites.len()).unwrap_or(u32::MAX),
+            sites_cost: &self.costs,
             stacks: self.stacks(),
             link: self.link,
+            more: More {
+                returns: &self.returns,
+                pool: self.pool.as_ref(),
+                runs: self.runs.request(),
+                latency: costs.taxes.map(|taxes| LatencyRequest {
+                    takes_record: &self.takes_record,
+                    taxes,
+                }),
+            },
         };
-        let (session, probes) = self.attach(&request, progress)?;
+        let armed = self.attach(&request, progress)?;
         progress.detail(&format!(
-            "attached {probes} probes in {:.1} ms ({})",
+            "attached {} probes in {:.1} ms ({})",
+            armed.session.probes(),
             start.elapsed().as_secs_f64() * 1e3,
-            session.link().as_str()
+            armed.session.link().as_str()
         ));
-        Ok(Armed { session, probes })
+        Ok(armed)
     }
 
-    /// Attaches, also to the runtime's rare paths if that works here; says so if not.
-    fn attach(
-        &self,
-        request: &Request<'_>,
-        progress: &mut Progress,
-    ) -> anyhow::Result<(Session, usize)> {
-        let own = self.probes.len();
-        match Session::attach_with_pool(request, self.pool.request().as_ref()) {
-            Ok(session) => Ok((session, own + self.pool.probes())),
-            Err(EngineError::Rejected { .. } | EngineError::InvalidProbe { .. })
-                if self.pool.probes() > 0 =>
-            {
-                let session = Session::attach(request)?;
-                progress.say("warning: this kernel does not take the probes of the deferpool");
-                Ok((session, own))
+    /// Attaches all probes, or if that does not work here those of the sites alone; says so.
+    fn attach(&self, request: &Request<'_>, progress: &mut Progress) -> anyhow::Result<Armed> {
+        let asks_more = self.pool.is_some() || self.runs.request().is_some();
+        match Session::attach(request) {
+            Ok(session) => Ok(Armed {
+                session,
+                refused: None,
+            }),
+            Err(
+                why @ (EngineError::Rejected { .. }
+                | EngineError::InvalidProbe { .. }
+                | EngineError::NotSupported { .. }),
+            ) if asks_more => {
+                let session = Session::attach(&Request {
+                    more: More::default(),
+                    ..*request
+                })?;
+                let refused = format!("only registrations are counted here: {why}");
+                progress.say(&format!("warning: {refused}"));
+                Ok(Armed {
+                    session,
+                    refused: Some(refused),
+                })
             }
             Err(error) => Err(error.into()),
         }
@@ -167,36 +236,27 @@ impl<'a> Plan<'a> {
     pub(super) fn profile(
         &self,
         measured: Measured,
-        calibration: Calibration,
+        costs: Costs,
         window: Window,
+        from_start: bool,
         target: impl FnOnce(&Binary<'_>) -> Target,
     ) -> Profile {
         let Measured {
             counts,
             link,
             probes,
+            refused,
         } = measured;
         let mut warnings = self.warnings.clone();
+        warnings.extend(refused);
         warnings.extend(losses(&counts));
-        warnings.extend(pool::doubts(&counts, &self.pool));
+        warnings.extend(pool::doubts(&counts));
+        warnings.extend(runs::doubts(&counts, &self.runs));
         let stacks = self.stacks.then(|| self.stacks_of(&counts));
         // Hits of other processes are paid for by them.
-        let cost: f64 = self
-            .sites
-            .iter()
-            .zip(&counts.registered)
-            .map(|(site, registered)| {
-                let each = match site.registration.kind.is_emulated() {
-                    true => calibration.emulated_ns,
-                    false => calibration.single_stepped_ns,
-                };
-                each * *registered as f64
-            })
-            .sum();
-        let registered: u64 = counts.registered.iter().sum();
-        // The rest are on the runtime's rare paths, which are emulated as well.
-        let rare = counts.hits.saturating_sub(registered);
-        let cost = cost + calibration.emulated_ns * rare as f64;
+        let cost = costs.hit.single_stepped_ns * counts.single_stepped as f64
+            + costs.hit.emulated_ns * (counts.hits - counts.single_stepped) as f64;
+        let taxes = costs.taxes.unwrap_or(Taxes::NONE);
         let recording = Recording {
             target: target(self.binary),
             engine: profile::Engine::Ebpf,
@@ -211,13 +271,22 @@ impl<'a> Plan<'a> {
                 .iter()
                 .zip(&counts.registered)
                 .enumerate()
-                .map(|(index, (site, registered))| SiteCount {
-                    pool: pool::of_site(&counts, index, site),
-                    ..SiteCount::new(site, Some(*registered))
+                .map(|(index, (site, registered))| {
+                    let ran = self.runs.of_site(&counts, index);
+                    let left = ran.and_then(|r| {
+                        registered.checked_sub(r.r#return + r.panic + r.goexit)
+                    });
+                    SiteCount {
+                        pool: pool::of_site(&counts, index, site),
+                        ran,
+                        pending: left.filter(|_| from_start),
+                        latency: runs::latency(&counts, index, site, taxes),
+                        ..SiteCount::new(site, Some(*registered))
+                    }
                 })
                 .collect(),
             runtime: pool::of_process(&counts),
-            panics: None,
+            panics: runs::panics(&counts),
             stacks,
             overhead: Some(profile::Overhead {
                 probes: probes as u64,
@@ -227,8 +296,10 @@ impl<'a> Plan<'a> {
             }),
             loss: Some(profile::Loss {
                 dropped: Some(counts.loss.hits()),
-                evicted: Some(0),
-                unmatched: None,
+                evicted: Some(counts.latency.as_ref().map_or(0, |l| {
+                    l.evicted + l.in_flight_full + l.buckets_full
+                })),
+                unmatched: counts.latency.as_ref().map(|l| l.unmatched),
             }),
             warnings,
         };
@@ -319,7 +390,7 @@ impl Armed {
     /// Takes the probes away, then reads what they counted.
     pub(super) fn disarm(self, progress: &mut Progress) -> anyhow::Result<Measured> {
         progress.clear();
-        let link = self.session.link();
+        let (link, probes) = (self.session.link(), self.session.probes());
         let start = Instant::now();
         let counts = self.session.detach()?;
         progress.detail(&format!(
@@ -329,7 +400,8 @@ impl Armed {
         Ok(Measured {
             counts,
             link,
-            probes: self.probes,
+            probes,
+            refused: self.refused,
         })
     }
 }

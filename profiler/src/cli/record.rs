@@ -32,8 +32,8 @@ pub fn attach(args: &AttachArgs) -> anyhow::Result<()> {
     if process.is_stopped() {
         progress.say(&crate::target::stopped(args.pid));
     }
-    let calibration = plan.calibrate(&mut progress)?;
-    let armed = plan.arm(&executable, process.pid(), &mut progress)?;
+    let costs = plan.calibrate(&mut progress)?;
+    let armed = plan.arm(&executable, process.pid(), &costs, &mut progress)?;
     let started = Started::now();
     let hold = |progress: &mut Progress| {
         armed.hold(
@@ -51,7 +51,7 @@ pub fn attach(args: &AttachArgs) -> anyhow::Result<()> {
     let arguments = process.arguments();
     let measured = armed.disarm(&mut progress)?;
     held?;
-    let profile = plan.profile(measured, calibration, started.window(observed), |binary| {
+    let profile = plan.profile(measured, costs, started.window(observed), false, |binary| {
         Target {
             pid: args.pid.unsigned_abs(),
             exe: executable.path().display().to_string(),
@@ -79,10 +79,10 @@ pub fn run(args: &RunArgs) -> anyhow::Result<u8> {
     }
     let binary = parse(&executable)?;
     let plan = Plan::new(&binary, &args.record, &mut progress)?;
-    let calibration = plan.calibrate(&mut progress)?;
+    let costs = plan.calibrate(&mut progress)?;
     let child = PausedChild::spawn(&path, &args.program, signals.mask_before())?;
     let process = Process::open(child.pid())?;
-    let armed = plan.arm(&executable, process.pid(), &mut progress)?;
+    let armed = plan.arm(&executable, process.pid(), &costs, &mut progress)?;
     let started = Started::now();
     let pid = child.release()?;
     let mut signalled = false;
@@ -110,7 +110,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<u8> {
     if ended == Held::TimeOver {
         progress.detail("the time is over; waiting for the program to end");
     }
-    let profile = plan.profile(measured, calibration, started.window(observed), |binary| {
+    let profile = plan.profile(measured, costs, started.window(observed), true, |binary| {
         Target {
             pid: pid.as_raw().unsigned_abs(),
             exe: executable.path().display().to_string(),
@@ -216,7 +216,7 @@ impl Armed {
                 Wake::Ended => return Ok(Held::Ended),
                 wake if stop(wake).is_some() => return Ok(Held::Stopped),
                 Wake::Timeout if progress.is_live() => {
-                    let registered = self.session.read()?.registered.iter().sum();
+                    let registered = self.session.registered()?;
                     progress.update(started.elapsed(), limit, registered);
                 }
                 _ => {}

@@ -6,7 +6,8 @@ use deferprof_symbols::Probe;
 use nix::unistd::Pid;
 
 use super::{
-    EngineError, LinkChoice, LinkKind, More, Request, Session, probed_loop::ProbedLoop,
+    Distribution, EngineError, ExitProbe, InstructionCost, LatencyRequest, LinkChoice, LinkKind, More,
+    Request, RunRequest, Session, probed_loop::ProbedLoop,
 };
 
 /// How often each loop is measured; the median counts, since other threads may interrupt some.
@@ -74,6 +75,106 @@ pub fn calibrate(link: LinkChoice, stacks: Option<NonZeroU32>) -> Result<Calibra
         single_stepped_ns,
         link,
     })
+}
+
+/// What hits cost where times are measured, as those times show it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taxes {
+    /// Nanoseconds from the clock of one hit to that of another right behind it, if the kernel
+    /// emulates the first one's instruction.
+    pub emulated_ns: u64,
+    /// The same if it single-steps it.
+    pub single_stepped_ns: u64,
+    /// How much more it is if the first starts a call.
+    pub call_ns: u64,
+    /// Times below it cannot be told from what hits cost: 99 of 100 of these differ less from
+    /// the median.
+    pub floor_ns: u64,
+}
+
+/// Measures what is to be subtracted from times, by measuring times that are known to be next to
+/// nothing with all that real ones need.
+///
+/// # Errors
+///
+/// As [`calibrate`].
+pub fn calibrate_latency(
+    link: LinkChoice,
+    stacks: Option<NonZeroU32>,
+) -> Result<Taxes, EngineError> {
+    let own = |error| EngineError::system("find deferprof's own executable", error);
+    let executable = File::open("/proc/self/exe").map_err(own)?;
+    let loops = [
+        (ProbedLoop::Emulated, InstructionCost::Emulated, 100),
+        (ProbedLoop::SingleStepped, InstructionCost::SingleStepped, 40),
+    ];
+    let (mut probes, mut exits) = (Vec::new(), Vec::new());
+    for (site, (probed, cost, _)) in (0..).zip(loops) {
+        let offset = probed.offset().map_err(own)?;
+        probes.push(Probe { offset, site });
+        exits.push(ExitProbe {
+            start: (
+                probed.offset_behind().map_err(own)?,
+                InstructionCost::Emulated,
+            ),
+            end: Some((offset, cost)),
+            site,
+        });
+    }
+    let session = Session::attach(&Request {
+        executable: executable.as_fd(),
+        pid: Pid::this(),
+        probes: &probes,
+        sites: loops.len() as u32,
+        sites_cost: &loops.map(|(_, cost, _)| cost),
+        stacks,
+        link,
+        more: More {
+            runs: Some(RunRequest {
+                probes: None,
+                exits: &exits,
+            }),
+            latency: Some(LatencyRequest {
+                takes_record: &[],
+                taxes: Taxes::NONE,
+            }),
+            ..More::default()
+        },
+    })?;
+    for (probed, _, rounds) in loops {
+        for _ in 0..BATCHES {
+            probed.run(rounds);
+        }
+    }
+    let counts = session.detach()?;
+    let expected: u64 = loops.iter().map(|(.., rounds)| rounds * BATCHES as u64).sum();
+    let latency = counts.latency.unwrap_or_default();
+    let counted: u64 = latency.sites.iter().map(|times| times.held.count()).sum();
+    let [emulated, stepped] = &latency.sites[..] else {
+        return Err(EngineError::SelfTest { expected, counted });
+    };
+    if counted != expected {
+        return Err(EngineError::SelfTest { expected, counted });
+    }
+    let quantile = |times: &Distribution, share| times.quantile(share).unwrap_or(0);
+    let spread = |times: &Distribution| quantile(times, 0.99) - quantile(times, 0.5);
+    let emulated_ns = quantile(&emulated.held, 0.5);
+    Ok(Taxes {
+        emulated_ns,
+        single_stepped_ns: quantile(&stepped.held, 0.5),
+        call_ns: quantile(&emulated.call, 0.5).saturating_sub(emulated_ns),
+        floor_ns: spread(&emulated.held).max(spread(&emulated.call)).max(spread(&stepped.held)),
+    })
+}
+
+impl Taxes {
+    /// Nothing.
+    pub const NONE: Self = Self {
+        emulated_ns: 0,
+        single_stepped_ns: 0,
+        call_ns: 0,
+        floor_ns: 0,
+    };
 }
 
 /// Nanoseconds a round, the median of some batches of `rounds`.

@@ -2,16 +2,16 @@
 
 use deferprof_ebpf_common::latency::bounds;
 
+use super::Taxes;
+
 /// What an engine needs to measure times.
 #[derive(Clone, Copy, Debug)]
 pub struct LatencyRequest<'a> {
     /// By site: whether its call of the runtime may get a record from the heap. Only then there is
     /// a time to register.
     pub takes_record: &'a [bool],
-    /// What a hit of an instruction that the kernel emulates costs, in ns: is subtracted.
-    pub emulated_ns: u64,
-    /// The same for one that it single-steps.
-    pub single_stepped_ns: u64,
+    /// What hits cost: is subtracted.
+    pub taxes: Taxes,
 }
 
 /// The times of all sites.

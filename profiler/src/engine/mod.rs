@@ -19,7 +19,7 @@ use deferprof_symbols::{PoolProbes, Probe, VirtualAddress};
 use nix::unistd::Pid;
 
 pub use self::{
-    calibrate::{Calibration, calibrate},
+    calibrate::{Calibration, Taxes, calibrate, calibrate_latency},
     ebpf::Session,
     error::{Capability, EngineError},
     latency::{Distribution, LatencyCounts, LatencyRequest, Times},

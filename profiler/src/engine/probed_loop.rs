@@ -8,12 +8,13 @@ use deferprof_symbols::FileOffset;
 
 // Both take how often to go round, at least 1, and keep to the C calling convention. The probed
 // instructions are of the kinds that a plan most often has: a direct call, and a plain move. They
-// run on top of a chain of 8 frames, as deep as a handler of a server is, which ends there: Rust
+// run in what looks like a goroutine, on top of a chain of 8 frames, as deep as a handler of a server is, which ends there: Rust
 // uses the frame pointer for other things, and a walk that faults costs more than one that ends.
 #[cfg(target_arch = "x86_64")]
 global_asm!(
     ".pushsection .text.deferprof_probed_loop, \"ax\", @progbits",
     ".globl deferprof_loop_call, deferprof_probed_call, deferprof_loop_move, deferprof_probed_move",
+    ".globl deferprof_behind_call, deferprof_behind_move",
     "deferprof_loop_call:",
     "lea rax, [rip + deferprof_probed_call]",
     "jmp 3f",
@@ -21,6 +22,11 @@ global_asm!(
     "lea rax, [rip + deferprof_probed_move]",
     "3: lea rdx, [rip + 4f]", // the return address in all frames
     "push rbp",
+    "push r14",
+    "lea rbp, [rsp + 64]",
+    "push rbp", // the stack's high end
+    "push 0",   // its low end
+    "mov r14, rsp", // the goroutine: these two words
     "xor ebp, ebp",
     ".rept 8",
     "push rdx",
@@ -30,13 +36,14 @@ global_asm!(
     "jmp rax",
     "deferprof_probed_call: call 2f", // emulated
     "dec rdi",
-    "jnz deferprof_probed_call",
-    "4: add rsp, 8 * 16",
+    "deferprof_behind_call: jnz deferprof_probed_call", // emulated
+    "4: add rsp, 8 * 16 + 16",
+    "pop r14",
     "pop rbp",
     "2: ret",
     "deferprof_probed_move: mov rax, rdi", // single-stepped
     "dec rdi",
-    "jnz deferprof_probed_move",
+    "deferprof_behind_move: jnz deferprof_probed_move", // emulated
     "jmp 4b",
     ".popsection",
 );
@@ -44,6 +51,7 @@ global_asm!(
 global_asm!(
     ".pushsection .text.deferprof_probed_loop, \"ax\", @progbits",
     ".globl deferprof_loop_call, deferprof_probed_call, deferprof_loop_move, deferprof_probed_move",
+    ".globl deferprof_behind_call, deferprof_behind_move",
     ".balign 4",
     "deferprof_loop_call:",
     "adr x10, deferprof_probed_call",
@@ -52,6 +60,10 @@ global_asm!(
     "adr x10, deferprof_probed_move",
     "3: adr x11, 4f", // the return address in all frames
     "stp x29, x30, [sp, #-16]!",
+    "str x28, [sp, #-16]!",
+    "add x12, sp, #64",
+    "stp xzr, x12, [sp, #-16]!", // the stack's low and high end
+    "mov x28, sp", // the goroutine: these two words
     "mov x29, xzr",
     ".rept 8",
     "stp x29, x11, [sp, #-16]!",
@@ -60,13 +72,14 @@ global_asm!(
     "br x10",
     "deferprof_probed_call: bl 2f", // emulated
     "subs x0, x0, #1",
-    "b.ne deferprof_probed_call",
-    "4: add sp, sp, #8 * 16",
+    "deferprof_behind_call: b.ne deferprof_probed_call", // emulated
+    "4: add sp, sp, #8 * 16 + 16",
+    "ldr x28, [sp], #16",
     "ldp x29, x30, [sp], #16",
     "2: ret",
     "deferprof_probed_move: mov x9, x0", // single-stepped
     "subs x0, x0, #1",
-    "b.ne deferprof_probed_move",
+    "deferprof_behind_move: b.ne deferprof_probed_move", // emulated
     "b 4b",
     ".popsection",
 );
@@ -76,6 +89,8 @@ unsafe extern "C" {
     fn deferprof_probed_call();
     fn deferprof_loop_move(times: u64);
     fn deferprof_probed_move();
+    fn deferprof_behind_call();
+    fn deferprof_behind_move();
 }
 
 /// One of the loops, by what the kernel does with its probed instruction.
@@ -104,15 +119,27 @@ impl ProbedLoop {
 
     /// Where the probed instruction is in our own executable.
     pub(super) fn offset(self) -> io::Result<FileOffset> {
-        let address = match self {
+        offset_of(match self {
             Self::Emulated => deferprof_probed_call as *const () as u64,
             Self::SingleStepped => deferprof_probed_move as *const () as u64,
-        };
+        })
+    }
+
+    /// Where the emulated instruction right behind it is.
+    pub(super) fn offset_behind(self) -> io::Result<FileOffset> {
+        offset_of(match self {
+            Self::Emulated => deferprof_behind_call as *const () as u64,
+            Self::SingleStepped => deferprof_behind_move as *const () as u64,
+        })
+    }
+}
+
+/// Where our own code is in our executable.
+fn offset_of(address: u64) -> io::Result<FileOffset> {
         let maps = fs::read_to_string("/proc/self/maps")?;
         file_offset(&maps, address)
             .map(FileOffset)
             .ok_or_else(|| io::Error::other("/proc/self/maps does not show deferprof's own code"))
-    }
 }
 
 /// Translates an address by the text of /proc/<pid>/maps.
@@ -147,7 +174,7 @@ mod tests {
             one.run(0);
             one.run(1);
             one.run(1000);
-            assert!(one.offset().is_ok());
+            assert!(one.offset().unwrap().0 < one.offset_behind().unwrap().0);
         }
     }
 }

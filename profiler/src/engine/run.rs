@@ -6,8 +6,8 @@ use deferprof_symbols::{FileOffset, RunProbes};
 /// [`Request::returns`](super::Request::returns).
 #[derive(Clone, Copy, Debug)]
 pub struct RunRequest<'a> {
-    /// The runtime's loops.
-    pub probes: &'a RunProbes,
+    /// The runtime's loops; `None` to see only what exit code itself calls.
+    pub probes: Option<&'a RunProbes>,
     /// The exit code's own calls.
     pub exits: &'a [ExitProbe],
 }

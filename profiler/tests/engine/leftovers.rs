@@ -59,6 +59,8 @@ pub fn attach_until_killed(mode: &str) {
         sites: 1,
         stacks: None,
         link: LinkChoice::Only(kind),
+        sites_cost: &[],
+        more: More::default(),
     });
     let _session = session.unwrap();
     target::say("ready");

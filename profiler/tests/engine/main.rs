@@ -63,6 +63,8 @@ fn request<'a>(target: &'a Target, probes: &'a [Probe], sites: u32, kind: LinkKi
         sites,
         stacks: None,
         link: LinkChoice::Only(kind),
+        sites_cost: &[],
+        more: More::default(),
     }
 }
 
@@ -266,6 +268,8 @@ fn a_child_that_has_not_executed_the_file_yet_is_counted_once_it_does() {
             sites: 2,
             stacks: None,
             link: LinkChoice::Only(kind),
+            sites_cost: &[],
+            more: More::default(),
         })
         .unwrap();
         target.release();

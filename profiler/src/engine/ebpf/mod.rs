@@ -206,12 +206,10 @@ fn too_many(probes: usize, reasons: Vec<EngineError>) -> EngineError {
     }
 }
 
-fn load_for(kind: LinkKind, options: Options, probes: usize) -> Result<Loaded, EngineError> {
-    let loaded = object::load(&Options {
-        multi: kind == LinkKind::UprobeMulti,
-        addresses: links::addresses(kind, probes),
-        ..options
-    })?;
+fn load_for(kind: LinkKind, mut options: Options, probes: usize) -> Result<Loaded, EngineError> {
+    options.multi = kind == LinkKind::UprobeMulti;
+    options.addresses = links::addresses(kind, probes);
+    let loaded = object::load(&options)?;
     links::is_supported(kind, &loaded.program)?;
     Ok(loaded)
 }

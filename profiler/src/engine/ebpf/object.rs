@@ -26,7 +26,7 @@ use super::{
     sys::{self, Map, MapSpec},
 };
 use crate::engine::{
-    EngineError, Request,
+    EngineError, Request, Taxes,
     error::Capability::{self, Bpf, Perfmon},
 };
 
@@ -73,19 +73,21 @@ pub(super) struct Options {
     returns: u32,
     /// How many probes are on rare paths with records.
     pool: u32,
+    /// Whether deferred calls are counted.
+    ran: bool,
     /// How many probes are in the runtime's loops, and how many functions have open-coded defers.
     runs: Option<(u32, u32)>,
     /// Whether records of range-over-func bodies must be remembered.
     records: bool,
-    /// What hits cost, emulated and single-stepped, if times are measured.
-    taxes: Option<(u64, u64)>,
+    /// What hits cost, if times are measured.
+    taxes: Option<Taxes>,
 }
 
 impl Options {
     pub(super) fn of(request: &Request<'_>, points: &Points) -> Self {
         let size = |length: usize| u32::try_from(length).unwrap_or(u32::MAX);
         let more = &request.more;
-        let runs = more.runs.map(|runs| runs.probes);
+        let runs = more.runs.and_then(|runs| runs.probes);
         Self {
             tgid: request.pid.as_raw() as u32,
             sites: request.sites,
@@ -93,9 +95,10 @@ impl Options {
             lists: size(points.lists.len()),
             returns: size(more.returns.len()),
             pool: size(more.pool.map_or(0, |pool| pool.probes.len())),
+            ran: more.runs.is_some(),
             runs: runs.map(|runs| (size(runs.probes.len()), size(runs.frames.len()))),
             records: runs.is_some_and(|runs| runs.probes.iter().any(|probe| probe.keeps)),
-            taxes: more.latency.map(|l| (l.emulated_ns, l.single_stepped_ns)),
+            taxes: more.latency.map(|latency| latency.taxes),
             ..Self::default()
         }
     }
@@ -137,8 +140,8 @@ impl Loaded {
         if let Some(probes) = request.more.pool {
             pool::fill(&self.maps, probes)?;
         }
-        match request.more.runs {
-            Some(runs) => run::fill(&self.maps, runs.probes),
+        match request.more.runs.and_then(|runs| runs.probes) {
+            Some(runs) => run::fill(&self.maps, runs),
             None => Ok(()),
         }
     }
@@ -297,8 +300,9 @@ fn set_variables(
     let flag = |set: bool| u32::from(set).to_ne_bytes();
     let (by_address, stacks) = (flag(options.addresses > 0), flag(options.stacks.is_some()));
     let latency = flag(options.taxes.is_some());
-    let (emulated, stepped) = options.taxes.unwrap_or_default();
-    let (emulated, stepped) = (emulated.to_ne_bytes(), stepped.to_ne_bytes());
+    let taxes = options.taxes.unwrap_or(Taxes::NONE);
+    let [emulated, stepped, call] = [taxes.emulated_ns, taxes.single_stepped_ns, taxes.call_ns]
+        .map(u64::to_ne_bytes);
     object.patch_map_data(HashMap::from([
         (name::TGID, (&tgid[..], true)),
         (name::PREEMPTIBLE, (&preemptible[..], true)),
@@ -307,6 +311,7 @@ fn set_variables(
         (name::LATENCY, (&latency[..], true)),
         (name::TAX_EMULATED, (&emulated[..], true)),
         (name::TAX_STEPPED, (&stepped[..], true)),
+        (name::TAX_CALL, (&call[..], true)),
         (name::PIDNS_INODE, (&inode[..], true)),
         (name::PIDNS_DEVICE, (&device[..], true)),
     ]))
@@ -339,7 +344,7 @@ fn create_maps(
     let if_asked = |asked: bool, size: u32| if asked { size.max(1) } else { 1 };
     let by_site = |asked: bool, each: u32| if_asked(asked, sites.saturating_mul(each));
     let (runs, frames) = options.runs.unwrap_or_default();
-    let ran = options.runs.is_some();
+    let ran = options.ran;
     let latency = options.taxes.is_some();
     let sizes = [
         (RODATA, None),

@@ -63,7 +63,8 @@ impl Points {
                     collected.add(end, cost, Order::CallReturned, Role::ExitReturned, 0);
                 }
             }
-            for (number, probe) in (0..).zip(&runs.probes.probes) {
+            let of_runtime = runs.probes.map_or(&[][..], |runs| &runs.probes);
+            for (number, probe) in (0..).zip(of_runtime) {
                 let order = match probe.event {
                     RunEvent::Returned if latency.is_none() => continue,
                     RunEvent::Taken if latency.is_none() && !probe.keeps => continue,

@@ -1,0 +1,166 @@
+//! Deferred calls in a recording: what to ask the engine, and how its answers enter the profile.
+
+use deferprof_symbols::{Architecture, Binary, Mechanism, RunProbes, Site, VirtualAddress};
+
+use super::pool::takes_records;
+use crate::engine::{Counts, Distribution, ExitProbe, InstructionCost, RunRequest, Taxes};
+use crate::profile::{Histogram, Latency, Panics, Ran};
+
+/// What a recording asks about deferred calls; nothing where the binary does not tell.
+pub(super) struct RunPlan {
+    probes: Option<RunProbes>,
+    exits: Vec<ExitProbe>,
+    /// By site: whether there is an exit that cannot be probed.
+    blind: Vec<bool>,
+}
+
+impl RunPlan {
+    /// Asks nothing.
+    pub(super) fn none() -> Self {
+        Self {
+            probes: None,
+            exits: Vec::new(),
+            blind: Vec::new(),
+        }
+    }
+
+    /// The plan for the sites of a recording, and why there is none if so.
+    pub(super) fn new(binary: &Binary<'_>, sites: &[Site]) -> (Self, Option<String>) {
+        let probes = match binary.run_probes(sites) {
+            Ok(probes) => probes,
+            Err(why) => {
+                let why = format!("deferred calls are not counted: {why}");
+                return (Self::none(), Some(why));
+            }
+        };
+        let exits = (0u32..).zip(sites).flat_map(|(index, site)| {
+            site.exits.iter().filter_map(move |exit| {
+                let point = exit.start?;
+                Some(ExitProbe {
+                    start: (point.offset, InstructionCost::of(&point)),
+                    end: exit.end.map(|end| (end.offset, InstructionCost::of(&end))),
+                    site: index,
+                })
+            })
+        });
+        let blind = |site: &Site| site.exits.iter().any(|exit| exit.start.is_none());
+        let plan = Self {
+            probes: Some(probes),
+            exits: exits.collect(),
+            blind: sites.iter().map(blind).collect(),
+        };
+        (plan, None)
+    }
+
+    /// The question to the engine.
+    pub(super) fn request(&self) -> Option<RunRequest<'_>> {
+        Some(RunRequest {
+            probes: Some(self.probes.as_ref()?),
+            exits: &self.exits,
+        })
+    }
+
+    /// How often one site's deferred call was made.
+    pub(super) fn of_site(&self, counts: &Counts, index: usize) -> Option<Ran> {
+        let runs = counts.runs.as_ref()?;
+        if runs.unreadable > 0 || counts.loss.missed > 0 || self.blind.get(index) != Some(&false) {
+            return None;
+        }
+        let ran = runs.ran.get(index)?;
+        Some(Ran {
+            r#return: ran.on_return,
+            panic: ran.on_panic,
+            goexit: ran.on_goexit,
+        })
+    }
+}
+
+/// Where each site's call of the runtime returns to, as linked, and the site.
+pub(super) fn returns(binary: &Binary<'_>, sites: &[Site]) -> Vec<(VirtualAddress, u32)> {
+    let call = match binary.architecture() {
+        Architecture::Amd64 => 5,
+        Architecture::Arm64 => 4,
+    };
+    let calls = (0u32..)
+        .zip(sites)
+        .filter(|(_, site)| site.mechanism != Mechanism::OpenCoded);
+    calls
+        .filter_map(|(index, site)| Some((VirtualAddress(site.pc.0.checked_add(call)?), index)))
+        .collect()
+}
+
+/// The panics of the whole process.
+pub(super) fn panics(counts: &Counts) -> Option<Panics> {
+    let runs = counts.runs.as_ref()?;
+    Some(Panics {
+        started: runs.panicked,
+        recovered: runs.recovered,
+    })
+}
+
+/// The times of one site.
+pub(super) fn latency(counts: &Counts, index: usize, site: &Site, taxes: Taxes) -> Option<Latency> {
+    let times = counts.latency.as_ref()?.sites.get(index)?;
+    let histogram = |times: &Distribution| histogram(times, taxes.floor_ns);
+    Some(Latency {
+        register: takes_records(site).then(|| histogram(&times.register)),
+        call: Some(histogram(&times.call)),
+        held: Some(histogram(&times.held)),
+    })
+}
+
+fn histogram(times: &Distribution, floor_ns: u64) -> Histogram {
+    let quantile = |share| times.quantile(share).unwrap_or(0);
+    let (min, max) = times.range().unwrap_or((0, 0));
+    Histogram {
+        count: times.count(),
+        below_floor: times.below(floor_ns),
+        min,
+        p50: quantile(0.5),
+        p90: quantile(0.9),
+        p99: quantile(0.99),
+        p999: quantile(0.999),
+        max,
+        mean: times.mean().unwrap_or(0.0),
+    }
+}
+
+/// What is not certain, a sentence each.
+pub(super) fn doubts(counts: &Counts, plan: &RunPlan) -> Vec<String> {
+    let mut sentences = Vec::new();
+    let mut say = |count: u64, what: &str| {
+        if count > 0 {
+            sentences.push(format!("{count} {what}"));
+        }
+    };
+    if let Some(runs) = &counts.runs {
+        say(
+            runs.unreadable,
+            "deferred calls could not be told, so `ran` is left out: the target's memory could not be read",
+        );
+        say(
+            runs.records_full,
+            "range-over-func defers had no room: their calls are not in `ran`",
+        );
+        let blind = plan.blind.iter().filter(|blind| **blind).count();
+        say(
+            blind as u64,
+            "sites have an exit that cannot be probed: their `ran` is left out",
+        );
+    }
+    if let Some(latency) = &counts.latency {
+        say(
+            latency.in_flight_full,
+            "times are missing: too many defers were held at once",
+        );
+        say(
+            latency.buckets_full,
+            "times are missing: too many different ones",
+        );
+        say(
+            latency.evicted,
+            "times are missing: there were too many goroutines",
+        );
+    }
+    sentences
+}
