@@ -29,32 +29,43 @@ static SUMS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 static TAX_EMULATED: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static TAX_STEPPED: Global<u64> = Global::new(0);
-#[unsafe(no_mangle)]
-static TAX_CALL: Global<u64> = Global::new(0);
 
 /// `g.stack.hi`
 const STACK_HIGH: u64 = 8;
 
-/// Reads the clock and adds what this hit costs to the goroutine's account.
+/// Looks up what hits have cost the goroutine so far.
 #[inline(always)]
-pub fn start_hit(hit: &mut Hit, single_stepped: bool) {
-    // SAFETY: the helper has no arguments.
-    hit.time = unsafe { bpf_ktime_get_ns() };
+pub fn start_hit(hit: &mut Hit) {
     let g = hit.g();
     let Ok(high) = word(g.wrapping_add(STACK_HIGH)) else {
         return;
     };
     hit.depth = high.wrapping_sub(hit.sp());
-    let Some(goroutine) = goroutine(g, hit.time) else {
-        return;
-    };
-    hit.epoch = goroutine.epoch;
-    hit.tax = goroutine.tax;
-    goroutine.tax += if single_stepped {
-        TAX_STEPPED.load()
-    } else {
-        TAX_EMULATED.load()
-    };
+    if let Some(goroutine) = goroutine(g, hit.time) {
+        hit.epoch = goroutine.epoch;
+        hit.tax = goroutine.tax;
+    }
+}
+
+/// Adds what this hit costs to the goroutine's account: the program's own time and the trap's.
+#[inline(always)]
+pub fn end_hit(hit: &Hit, single_stepped: bool) {
+    if let Some(goroutine) = GOROUTINES.get_ptr_mut(&hit.g()) {
+        let trap = if single_stepped {
+            TAX_STEPPED.load()
+        } else {
+            TAX_EMULATED.load()
+        };
+        // SAFETY: the pointer is into the map; only the thread that runs the goroutine uses it.
+        unsafe { (*goroutine).tax = hit.tax + trap + (now() - hit.time) };
+    }
+}
+
+/// Nanoseconds of the monotonic clock.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: the helper has no arguments.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// The entry of a goroutine, which is made if there is none. Only the thread that runs the
@@ -91,7 +102,8 @@ pub fn hold(hit: &Hit, site: u32) {
 #[inline(always)]
 pub fn registering(hit: &Hit, site: u32) {
     if let Some(goroutine) = goroutine(hit.g(), hit.time) {
-        goroutine.registering = [hit.time, hit.tax];
+        let now = now();
+        goroutine.registering = [now, hit.tax + (now - hit.time)];
         goroutine.registering_site = u64::from(site) + 1;
     }
 }
@@ -138,9 +150,6 @@ pub fn call(hit: &Hit, site: u32, held: &InFlightKey, depth: u64) {
         what: CALL,
     };
     start(hit, site, &key);
-    if let Some(goroutine) = goroutine(hit.g(), hit.time) {
-        goroutine.tax += TAX_CALL.load();
-    }
 }
 
 /// A call that this frame made may have returned.
@@ -164,7 +173,7 @@ pub fn returned(hit: &Hit) {
         return;
     };
     // A panic since then may have ended the call that this is the start of.
-    if goroutine.unwound > start.time && hit.depth >= goroutine.unwound_depth {
+    if goroutine.unwound >= start.time && hit.depth >= goroutine.unwound_depth {
         total(RunTotal::Unwound);
         return;
     }
@@ -183,11 +192,14 @@ pub fn unwind(hit: &Hit, depth: u64) {
     }
 }
 
+/// Something starts: now, and not when the program did, so that the time does not depend on what else
+/// the hit had to do.
 #[inline(always)]
 fn start(hit: &Hit, site: u32, key: &InFlightKey) {
+    let now = now();
     let start = InFlight {
-        time: hit.time,
-        tax: hit.tax,
+        time: now,
+        tax: hit.tax + (now - hit.time),
         epoch: hit.epoch,
         site: site.into(),
     };

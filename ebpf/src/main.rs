@@ -75,53 +75,41 @@ fn watch(ctx: ProbeContext) -> u32 {
     });
     let mut hit = Hit::new(&ctx);
     if LATENCY.load() != 0 {
-        latency::start_hit(&mut hit, cookie.is_single_stepped());
+        hit.time = latency::now();
     }
-    if cookie.role() != Role::Several as u32 {
-        if !answer(&hit, cookie) {
-            happened(Event::BadCookie);
-        }
-        return 0;
-    }
-    let Some(several) = LISTS.get(cookie.number()) else {
-        happened(Event::BadCookie);
-        return 0;
+    // Here, where the verifier knows of few ways, since the walk is long.
+    let stack = if TAKE_STACKS.load() != 0 && registers(cookie) {
+        stacks::take(&hit)
+    } else {
+        stacks::Taken::NONE
     };
-    let mut index = 0;
-    while index < MAX_SEVERAL {
-        if index as u64 >= several.length {
-            break;
-        }
-        if !answer(&hit, Cookie(several.cookies[index])) {
-            happened(Event::BadCookie);
-        }
-        index += 1;
+    if LATENCY.load() != 0 {
+        latency::start_hit(&mut hit);
+    }
+    let known = if cookie.role() == Role::Run as u32 {
+        run::seen(&hit, cookie.number())
+    } else if cookie.role() == Role::Pool as u32 {
+        pool::seen(&hit, cookie.number())
+    } else {
+        answers(&hit, cookie, &stack)
+    };
+    if TAKE_STACKS.load() != 0 {
+        stacks::release(&stack);
+    }
+    if !known {
+        happened(Event::BadCookie);
+    }
+    if LATENCY.load() != 0 {
+        latency::end_hit(&hit, cookie.is_single_stepped());
     }
     0
 }
 
-/// Answers one question of a probe; false if there is none of that number.
-#[inline(never)]
-fn answer(hit: &Hit, cookie: Cookie) -> bool {
-    let number = cookie.number();
-    let role = cookie.role();
-    if role == Role::Registered as u32 || role == Role::RegisteredRecord as u32 {
-        let Some(counter) = REGISTERED.get_ptr_mut(number) else {
-            return false;
-        };
-        add_one(counter);
-        if TAKE_STACKS.load() != 0 {
-            stacks::count(hit, number);
-        }
-        if LATENCY.load() != 0 {
-            if role == Role::Registered as u32 {
-                latency::hold(hit, number);
-            } else {
-                latency::registering(hit, number);
-            }
-        }
-        return true;
-    }
+/// Answers the questions about sites that an instruction stands for, in the order in which it
+/// happens; false if there are none.
+#[inline(always)]
+fn answers(hit: &Hit, cookie: Cookie, stack: &stacks::Taken) -> bool {
+    let (role, number) = (cookie.role(), cookie.number());
     if role == Role::Exit as u32 {
         run::exit(hit, number);
         return true;
@@ -130,10 +118,80 @@ fn answer(hit: &Hit, cookie: Cookie) -> bool {
         latency::returned(hit);
         return true;
     }
-    if role == Role::Run as u32 {
-        return run::seen(hit, number);
+    let mut several = core::ptr::null::<Several>();
+    if role == Role::Several as u32 {
+        let Some(list) = LISTS.get(number) else {
+            return false;
+        };
+        if list.returned != 0 {
+            latency::returned(hit);
+        }
+        several = list;
+    } else if role != Role::Registered as u32 && role != Role::RegisteredRecord as u32 {
+        return false;
     }
-    role == Role::Pool as u32 && pool::seen(hit, number)
+    let mut known = true;
+    let mut index = 0;
+    while index < MAX_SEVERAL {
+        let (site, takes_record);
+        if several.is_null() {
+            if index > 0 {
+                break;
+            }
+            (site, takes_record) = (number, role == Role::RegisteredRecord as u32);
+        } else {
+            // SAFETY: it is an entry of the map.
+            let several = unsafe { &*several };
+            if index as u32 >= several.length {
+                break;
+            }
+            let value = several.sites[index];
+            site = value & !Several::TAKES_RECORD;
+            takes_record = value & Several::TAKES_RECORD != 0;
+        }
+        known &= registered(hit, site, takes_record, stack);
+        index += 1;
+    }
+    if !several.is_null() {
+        // SAFETY: it is an entry of the map.
+        let exit = unsafe { (*several).exit };
+        if exit != Several::NO_EXIT {
+            run::exit(hit, exit);
+        }
+    }
+    known
+}
+
+/// Whether a statement executes where the probe is.
+#[inline(always)]
+fn registers(cookie: Cookie) -> bool {
+    match LISTS.get(cookie.number()) {
+        Some(list) if cookie.role() == Role::Several as u32 => list.length != 0,
+        _ => {
+            cookie.role() == Role::Registered as u32
+                || cookie.role() == Role::RegisteredRecord as u32
+        }
+    }
+}
+
+/// A defer statement executed; false if there is no such site.
+#[inline(always)]
+fn registered(hit: &Hit, site: u32, takes_record: bool, stack: &stacks::Taken) -> bool {
+    let Some(counter) = REGISTERED.get_ptr_mut(site) else {
+        return false;
+    };
+    add_one(counter);
+    if TAKE_STACKS.load() != 0 {
+        stacks::count(stack, site);
+    }
+    if LATENCY.load() != 0 {
+        if takes_record {
+            latency::registering(hit, site);
+        } else {
+            latency::hold(hit, site);
+        }
+    }
+    true
 }
 
 /// The cookie of the probe that was hit: the kernel's, or by the instruction's runtime address.

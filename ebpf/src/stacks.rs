@@ -26,28 +26,56 @@ static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCH_SLO
 #[unsafe(no_mangle)]
 static PREEMPTIBLE: Global<u32> = Global::new(1);
 
-/// Takes the current user stack and counts it for `site`.
+/// A user stack that was taken, or none. (No `Option`: the verifier refuses copies of what is not
+/// set.)
+pub struct Taken {
+    scratch: *mut Scratch,
+    hash: [u64; 2],
+}
+
+impl Taken {
+    pub const NONE: Self = Self {
+        scratch: core::ptr::null_mut(),
+        hash: [0; 2],
+    };
+}
+
+/// Takes the current user stack. To be released.
 #[inline(always)]
-pub fn count(hit: &Hit, site: u32) {
-    if let Err(event) = try_count(hit, site) {
+pub fn take(hit: &Hit) -> Taken {
+    let Some(scratch) = claim() else {
+        return Taken::NONE;
+    };
+    // SAFETY: `claim` returns a valid entry of the map, and as long as it is claimed no other
+    // thread touches it.
+    let hash = walk(hit, unsafe { &mut (*scratch).stack });
+    Taken { scratch, hash }
+}
+
+/// Gives the buffer back.
+#[inline(always)]
+pub fn release(taken: &Taken) {
+    if !taken.scratch.is_null() {
+        // SAFETY: a plain store releases the claim of this CPU's own entry.
+        unsafe { (&raw mut (*taken.scratch).claimed).write_volatile(0) };
+    }
+}
+
+/// Counts the stack for `site`.
+#[inline(always)]
+pub fn count(taken: &Taken, site: u32) {
+    let counted = if taken.scratch.is_null() {
+        Err(Event::ScratchBusy)
+    } else {
+        // SAFETY: the entry is claimed until it is released.
+        count_stack(unsafe { &(*taken.scratch).stack }, taken.hash, site)
+    };
+    if let Err(event) = counted {
         happened(event);
         if let Some(lost) = STACKS_LOST.get_ptr_mut(site) {
             add_one(lost);
         }
     }
-}
-
-#[inline(always)]
-fn try_count(hit: &Hit, site: u32) -> Result<(), Event> {
-    let scratch = claim().ok_or(Event::ScratchBusy)?;
-    // SAFETY: `claim` returns a valid entry of the map, and as long as it is claimed no other
-    // thread touches it.
-    let stack = unsafe { &mut (*scratch).stack };
-    let hash = take(hit, stack);
-    let result = count_stack(stack, hash, site);
-    // SAFETY: as above; a plain store releases the claim of this CPU's own entry.
-    unsafe { (&raw mut (*scratch).claimed).write_volatile(0) };
-    result
 }
 
 /// Finds a buffer that no preempted thread is using.
@@ -74,7 +102,7 @@ fn claim() -> Option<*mut Scratch> {
 /// fault at address 0, which costs more than this walk of ten frames; and it keeps the frames in
 /// a buffer of the CPU's that another thread may overwrite where programs are preemptible.
 #[inline(always)]
-fn take(hit: &Hit, stack: &mut Stack) -> [u64; 2] {
+fn walk(hit: &Hit, stack: &mut Stack) -> [u64; 2] {
     let mut frame = hit.frame_pointer();
     stack.frames[0] = hit.instruction();
     let mut hash = StackHash::new().add(hit.instruction());

@@ -30,7 +30,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             kinds(false)
         );
         for site in &sites {
-            let outside = site.exits.iter().filter(|e| e.start.is_none() || e.end.is_none());
+            let outside = site
+                .exits
+                .iter()
+                .filter(|e| e.start.is_none() || e.end.is_none());
             if outside.count() > 0 || (site.bit.is_some() && site.exits.is_empty()) {
                 println!("  {}: no exit, or one without a point", site.id);
             }

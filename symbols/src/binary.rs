@@ -116,10 +116,7 @@ impl<'data> Binary<'data> {
     ///
     /// # Errors
     /// Why this binary's runtime does not tell.
-    pub fn run_probes(
-        &self,
-        sites: &[Site],
-    ) -> std::result::Result<RunProbes, RunsUnavailable> {
+    pub fn run_probes(&self, sites: &[Site]) -> std::result::Result<RunProbes, RunsUnavailable> {
         runtime::runs(&self.image, &self.module, self.release, sites)
     }
 

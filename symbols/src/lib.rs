@@ -48,6 +48,6 @@ pub use error::{Error, Result};
 pub use inventory::{Architecture, BinaryInfo, Exit, Inventory, Mechanism, Reason, Site, SiteId};
 pub use plan::{Basis, InstructionKind, Probe, ProbePoint};
 pub use runtime::{
-    Caller, LocalPool, OpenFrame, Path, PoolEvent, PoolProbe, PoolProbes, PoolUnavailable, RecordAt,
-    RunEvent, RunLayout, RunProbe, RunProbes, Runner, RunsUnavailable,
+    Caller, LocalPool, OpenFrame, Path, PoolEvent, PoolProbe, PoolProbes, PoolUnavailable,
+    RecordAt, RunEvent, RunLayout, RunProbe, RunProbes, Runner, RunsUnavailable,
 };

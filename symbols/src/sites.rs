@@ -273,10 +273,7 @@ fn registering_calls(code: &Code, findings: &Findings, namer: &Namer<'_, '_>) ->
 
 /// The deferred call behind an exit's store of the cleared bits, the next CALL on the way: its
 /// index, address and, if it is direct, what it calls.
-fn exit_call(
-    code: &Code,
-    store: usize,
-) -> Option<(usize, VirtualAddress, Option<VirtualAddress>)> {
+fn exit_call(code: &Code, store: usize) -> Option<(usize, VirtualAddress, Option<VirtualAddress>)> {
     /// Between the store and the call stand the loads of the closure and of older arguments.
     const FARTHEST: usize = 256;
     let mut index = store + 1;

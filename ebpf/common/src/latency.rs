@@ -53,7 +53,11 @@ pub const fn key(site: u32, time: Time, bucket: u32) -> u64 {
 
 /// What a key of the map `BUCKETS` counts: the site, the number of the [`Time`], the bucket.
 pub const fn parts(key: u64) -> (u32, u32, u32) {
-    ((key >> 32) as u32, (key >> 24) as u32 & 0xff, key as u32 & 0xff_ffff)
+    (
+        (key >> 32) as u32,
+        (key >> 24) as u32 & 0xff,
+        key as u32 & 0xff_ffff,
+    )
 }
 
 /// What something in flight is called: the key of the map `IN_FLIGHT`. Everything in it survives

@@ -22,8 +22,7 @@ pub const SCRATCH_SLOTS: u32 = 4;
 pub mod name {
     /// The program on every probe.
     pub const WATCH: &str = "watch";
-    /// By number in the cookie: the cookies of what one instruction stands for
-    /// ([`Several`](crate::Several)).
+    /// By number in the cookie: what one instruction stands for ([`Several`](crate::Several)).
     pub const LISTS: &str = "LISTS";
     /// Per CPU, by site: how often its statement executed (`u64`).
     pub const REGISTERED: &str = "REGISTERED";
@@ -78,12 +77,10 @@ pub mod name {
     pub const TAKE_STACKS: &str = "TAKE_STACKS";
     /// 1 if times are measured (`u32`).
     pub const LATENCY: &str = "LATENCY";
-    /// What a hit costs in ns, of an emulated and of a single-stepped instruction (`u64` each).
+    /// What a hit costs in ns beside the program, of an emulated instruction (`u64`).
     pub const TAX_EMULATED: &str = "TAX_EMULATED";
-    /// See [`TAX_EMULATED`].
+    /// The same of a single-stepped one (`u64`).
     pub const TAX_STEPPED: &str = "TAX_STEPPED";
-    /// How much more a hit costs that starts a call (`u64`).
-    pub const TAX_CALL: &str = "TAX_CALL";
     /// The thread group that is counted, as the namespace that was chosen numbers it (`u32`).
     pub const TGID: &str = "TGID";
     /// Inode of the pid namespace in which `TGID` counts, 0 for the initial one (`u64`).
@@ -114,7 +111,8 @@ pub enum Role {
     /// The runtime makes deferred calls. The low half is the index of a
     /// [`RunPoint`](run::RunPoint).
     Run = 5,
-    /// All of this at one instruction. The low half is the index of a [`Several`].
+    /// All of this at one instruction: registrations, exits and their ends. The low half is the
+    /// index of a [`Several`].
     Several = 6,
 }
 
@@ -156,17 +154,28 @@ impl Cookie {
     }
 }
 
-/// How much one instruction can stand for: all defers of a function and the end of a call.
-pub const MAX_SEVERAL: usize = 18;
+/// How many defers one instruction can register: a function has at most 8 that share a block's end.
+pub const MAX_SEVERAL: usize = 12;
 
 /// What one instruction stands for, in the order in which it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Several {
-    /// How many of the cookies are used.
-    pub length: u64,
-    /// The cookies.
-    pub cookies: [u64; MAX_SEVERAL],
+    /// 1 if it follows a deferred call of exit code.
+    pub returned: u32,
+    /// How many sites register.
+    pub length: u32,
+    /// These sites; [`Several::TAKES_RECORD`] is set in those that are [`Role::RegisteredRecord`].
+    pub sites: [u32; MAX_SEVERAL],
+    /// The site whose deferred call exit code is about to make, or [`Several::NO_EXIT`].
+    pub exit: u32,
+}
+
+impl Several {
+    /// In [`sites`](Self::sites): the site is about to get a record from the runtime.
+    pub const TAKES_RECORD: u32 = 1 << 31;
+    /// In [`exit`](Self::exit).
+    pub const NO_EXIT: u32 = u32::MAX;
 }
 
 /// What else is counted beside the sites: an index into the map `EVENTS`.
@@ -278,6 +287,7 @@ mod tests {
     #[test]
     fn layouts_are_the_same_on_both_sides() {
         assert_eq!(size_of::<StackKey>(), 24);
+        assert_eq!(size_of::<Several>(), 4 * (MAX_SEVERAL + 3));
         assert_eq!(size_of::<Stack>(), 8 + 8 * MAX_FRAMES);
         assert_eq!(size_of::<Scratch>(), 16 + 8 * MAX_FRAMES);
     }

@@ -6,8 +6,8 @@ mod output;
 mod plan;
 mod pool;
 mod progress;
-mod runs;
 mod record;
+mod runs;
 
 use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal as _, Write};

@@ -9,9 +9,9 @@ use nix::unistd::Pid;
 
 use super::args::RecordArgs;
 use super::error::UsageError;
+use super::pool;
 use super::progress::Progress;
 use super::runs::{self, RunPlan};
-use super::pool;
 use crate::engine::{
     Calibration, Counts, DEFAULT_STACKS, EngineError, InstructionCost, LatencyRequest, LinkChoice,
     LinkKind, More, Request, Session, Taxes, calibrate, calibrate_latency,
@@ -162,8 +162,8 @@ impl<'a> Plan<'a> {
         ));
         if let Some(taxes) = taxes {
             progress.detail(&format!(
-                "times below {} ns cannot be told from that",
-                taxes.floor_ns
+                "times below {} ns ({} ns after a single-stepped hit) cannot be told from that",
+                taxes.emulated_floor_ns, taxes.single_stepped_floor_ns
             ));
         }
         Ok(Costs { hit, taxes })
@@ -273,9 +273,8 @@ impl<'a> Plan<'a> {
                 .enumerate()
                 .map(|(index, (site, registered))| {
                     let ran = self.runs.of_site(&counts, index);
-                    let left = ran.and_then(|r| {
-                        registered.checked_sub(r.r#return + r.panic + r.goexit)
-                    });
+                    let left =
+                        ran.and_then(|r| registered.checked_sub(r.r#return + r.panic + r.goexit));
                     SiteCount {
                         pool: pool::of_site(&counts, index, site),
                         ran,
@@ -296,9 +295,12 @@ impl<'a> Plan<'a> {
             }),
             loss: Some(profile::Loss {
                 dropped: Some(counts.loss.hits()),
-                evicted: Some(counts.latency.as_ref().map_or(0, |l| {
-                    l.evicted + l.in_flight_full + l.buckets_full
-                })),
+                evicted: Some(
+                    counts
+                        .latency
+                        .as_ref()
+                        .map_or(0, |l| l.evicted + l.in_flight_full + l.buckets_full),
+                ),
                 unmatched: counts.latency.as_ref().map(|l| l.unmatched),
             }),
             warnings,

@@ -101,11 +101,19 @@ pub(super) fn panics(counts: &Counts) -> Option<Panics> {
 /// The times of one site.
 pub(super) fn latency(counts: &Counts, index: usize, site: &Site, taxes: Taxes) -> Option<Latency> {
     let times = counts.latency.as_ref()?.sites.get(index)?;
-    let histogram = |times: &Distribution| histogram(times, taxes.floor_ns);
+    use InstructionCost::{Emulated, SingleStepped};
+    let exits = site.exits.iter().filter_map(|exit| exit.start);
+    let exits_step = exits.into_iter().any(|point| !point.kind.is_emulated());
+    let called = if exits_step { SingleStepped } else { Emulated };
+    // A record is held from within the runtime.
+    let held = match takes_records(site) {
+        true => Emulated,
+        false => InstructionCost::of(&site.registration),
+    };
     Some(Latency {
-        register: takes_records(site).then(|| histogram(&times.register)),
-        call: Some(histogram(&times.call)),
-        held: Some(histogram(&times.held)),
+        register: takes_records(site).then(|| histogram(&times.register, taxes.floor_ns(Emulated))),
+        call: Some(histogram(&times.call, taxes.floor_ns(called))),
+        held: Some(histogram(&times.held, taxes.floor_ns(held))),
     })
 }
 

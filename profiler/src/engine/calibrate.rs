@@ -6,8 +6,8 @@ use deferprof_symbols::Probe;
 use nix::unistd::Pid;
 
 use super::{
-    Distribution, EngineError, ExitProbe, InstructionCost, LatencyRequest, LinkChoice, LinkKind, More,
-    Request, RunRequest, Session, probed_loop::ProbedLoop,
+    Distribution, EngineError, ExitProbe, InstructionCost, LatencyRequest, LinkChoice, LinkKind,
+    More, Request, RunRequest, Session, probed_loop::ProbedLoop,
 };
 
 /// How often each loop is measured; the median counts, since other threads may interrupt some.
@@ -85,11 +85,11 @@ pub struct Taxes {
     pub emulated_ns: u64,
     /// The same if it single-steps it.
     pub single_stepped_ns: u64,
-    /// How much more it is if the first starts a call.
-    pub call_ns: u64,
-    /// Times below it cannot be told from what hits cost: 99 of 100 of these differ less from
-    /// the median.
-    pub floor_ns: u64,
+    /// Times that begin at an emulated instruction cannot be told from what hits cost if they are
+    /// shorter: 95 of 100 of these differ less from the median.
+    pub emulated_floor_ns: u64,
+    /// The same for times that begin at a single-stepped one.
+    pub single_stepped_floor_ns: u64,
 }
 
 /// Measures what is to be subtracted from times, by measuring times that are known to be next to
@@ -106,7 +106,11 @@ pub fn calibrate_latency(
     let executable = File::open("/proc/self/exe").map_err(own)?;
     let loops = [
         (ProbedLoop::Emulated, InstructionCost::Emulated, 100),
-        (ProbedLoop::SingleStepped, InstructionCost::SingleStepped, 40),
+        (
+            ProbedLoop::SingleStepped,
+            InstructionCost::SingleStepped,
+            40,
+        ),
     ];
     let (mut probes, mut exits) = (Vec::new(), Vec::new());
     for (site, (probed, cost, _)) in (0..).zip(loops) {
@@ -147,7 +151,10 @@ pub fn calibrate_latency(
         }
     }
     let counts = session.detach()?;
-    let expected: u64 = loops.iter().map(|(.., rounds)| rounds * BATCHES as u64).sum();
+    let expected: u64 = loops
+        .iter()
+        .map(|(.., rounds)| rounds * BATCHES as u64)
+        .sum();
     let latency = counts.latency.unwrap_or_default();
     let counted: u64 = latency.sites.iter().map(|times| times.held.count()).sum();
     let [emulated, stepped] = &latency.sites[..] else {
@@ -157,13 +164,12 @@ pub fn calibrate_latency(
         return Err(EngineError::SelfTest { expected, counted });
     }
     let quantile = |times: &Distribution, share| times.quantile(share).unwrap_or(0);
-    let spread = |times: &Distribution| quantile(times, 0.99) - quantile(times, 0.5);
-    let emulated_ns = quantile(&emulated.held, 0.5);
+    let spread = |times: &Distribution| quantile(times, 0.95) - quantile(times, 0.5);
     Ok(Taxes {
-        emulated_ns,
+        emulated_ns: quantile(&emulated.held, 0.5),
         single_stepped_ns: quantile(&stepped.held, 0.5),
-        call_ns: quantile(&emulated.call, 0.5).saturating_sub(emulated_ns),
-        floor_ns: spread(&emulated.held).max(spread(&emulated.call)).max(spread(&stepped.held)),
+        emulated_floor_ns: spread(&emulated.held),
+        single_stepped_floor_ns: spread(&stepped.held),
     })
 }
 
@@ -172,9 +178,17 @@ impl Taxes {
     pub const NONE: Self = Self {
         emulated_ns: 0,
         single_stepped_ns: 0,
-        call_ns: 0,
-        floor_ns: 0,
+        emulated_floor_ns: 0,
+        single_stepped_floor_ns: 0,
     };
+
+    /// The floor of times that begin at an instruction.
+    pub fn floor_ns(&self, cost: InstructionCost) -> u64 {
+        match cost {
+            InstructionCost::Emulated => self.emulated_floor_ns,
+            InstructionCost::SingleStepped => self.single_stepped_floor_ns,
+        }
+    }
 }
 
 /// Nanoseconds a round, the median of some batches of `rounds`.

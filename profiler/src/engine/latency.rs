@@ -105,7 +105,9 @@ impl Distribution {
         let mut buckets = std::collections::BTreeMap::new();
         let mut sum = 0;
         for ns in times {
-            *buckets.entry(deferprof_ebpf_common::latency::bucket(ns)).or_insert(0) += 1;
+            *buckets
+                .entry(deferprof_ebpf_common::latency::bucket(ns))
+                .or_insert(0) += 1;
             sum += ns;
         }
         Self::new(buckets.into_iter().collect(), sum)
@@ -130,7 +132,10 @@ mod tests {
         for share in [0.0, 0.5, 0.9, 0.99, 0.999, 1.0] {
             let rank = ((share * 1e5) as usize).clamp(1, 100_000) - 1;
             let (true_one, found) = (times[rank], distribution.quantile(share).unwrap());
-            assert!(found.abs_diff(true_one) <= true_one / 100, "{share}: {found}, {true_one}");
+            assert!(
+                found.abs_diff(true_one) <= true_one / 100,
+                "{share}: {found}, {true_one}"
+            );
         }
         assert_eq!(distribution.mean(), Some(37.0 * 50_000.5));
         assert_eq!(distribution.below(37 * 50_000).abs_diff(50_000) / 500, 0);
@@ -139,6 +144,9 @@ mod tests {
     #[test]
     fn no_times_have_no_quantile() {
         let none = Distribution::default();
-        assert_eq!((none.quantile(0.5), none.mean(), none.range()), (None, None, None));
+        assert_eq!(
+            (none.quantile(0.5), none.mean(), none.range()),
+            (None, None, None)
+        );
     }
 }

@@ -24,8 +24,8 @@ global_asm!(
     "push rbp",
     "push r14",
     "lea rbp, [rsp + 64]",
-    "push rbp", // the stack's high end
-    "push 0",   // its low end
+    "push rbp",     // the stack's high end
+    "push 0",       // its low end
     "mov r14, rsp", // the goroutine: these two words
     "xor ebp, ebp",
     ".rept 8",
@@ -63,7 +63,7 @@ global_asm!(
     "str x28, [sp, #-16]!",
     "add x12, sp, #64",
     "stp xzr, x12, [sp, #-16]!", // the stack's low and high end
-    "mov x28, sp", // the goroutine: these two words
+    "mov x28, sp",               // the goroutine: these two words
     "mov x29, xzr",
     ".rept 8",
     "stp x29, x11, [sp, #-16]!",
@@ -136,10 +136,10 @@ impl ProbedLoop {
 
 /// Where our own code is in our executable.
 fn offset_of(address: u64) -> io::Result<FileOffset> {
-        let maps = fs::read_to_string("/proc/self/maps")?;
-        file_offset(&maps, address)
-            .map(FileOffset)
-            .ok_or_else(|| io::Error::other("/proc/self/maps does not show deferprof's own code"))
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    file_offset(&maps, address)
+        .map(FileOffset)
+        .ok_or_else(|| io::Error::other("/proc/self/maps does not show deferprof's own code"))
 }
 
 /// Translates an address by the text of /proc/<pid>/maps.

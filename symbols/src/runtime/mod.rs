@@ -16,7 +16,10 @@ use crate::{Architecture, VirtualAddress};
 pub(crate) use self::{pool::pool, runs::runs};
 pub use self::{
     pool::{Caller, LocalPool, PoolEvent, PoolProbe, PoolProbes, PoolUnavailable},
-    runs::{OpenFrame, Path, RecordAt, RunEvent, RunLayout, RunProbe, RunProbes, Runner, RunsUnavailable},
+    runs::{
+        OpenFrame, Path, RecordAt, RunEvent, RunLayout, RunProbe, RunProbes, Runner,
+        RunsUnavailable,
+    },
 };
 
 /// A function of the runtime, decoded.
@@ -54,7 +57,12 @@ impl Search<'_, '_> {
                 continue;
             };
             callees.note(func, name);
-            if names.iter().copied().flatten().any(|n| n.as_bytes() == name) {
+            if names
+                .iter()
+                .copied()
+                .flatten()
+                .any(|n| n.as_bytes() == name)
+            {
                 wanted.push((func, text(name)));
             }
         }

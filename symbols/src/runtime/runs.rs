@@ -299,7 +299,12 @@ impl Runtime<'_, '_> {
     fn by_records(&self) -> Result<Vec<RunProbe>> {
         let mut probes = Vec::new();
         let mut made = |function: &Decoded, call: usize, path| -> Result<()> {
-            probes.push(self.own(function, self.behind(function, call), RunEvent::Returned, path)?);
+            probes.push(self.own(
+                function,
+                self.behind(function, call),
+                RunEvent::Returned,
+                path,
+            )?);
             Ok(())
         };
         let returning = self.function("deferreturn")?;
@@ -308,7 +313,10 @@ impl Runtime<'_, '_> {
         let panicking = self.function("gopanic")?;
         let panic_call = self.closure_call(panicking)?;
         made(panicking, panic_call, Some(Path::Panic))?;
-        let exiting = self.runners()?.into_iter().find(|(_, p)| *p == Path::Goexit);
+        let exiting = self
+            .runners()?
+            .into_iter()
+            .find(|(_, p)| *p == Path::Goexit);
         let exiting = match exiting {
             Some((exiting, _)) => Some((exiting, self.saving_call(exiting)?)),
             None => None,
@@ -430,7 +438,10 @@ impl Runtime<'_, '_> {
 
     /// The one call of what calls a closure and notes where.
     fn saving_call(&self, function: &Decoded) -> Result<usize> {
-        match self.search.calls(function, &["deferCallSave", "reflectcallSave"])[..] {
+        match self
+            .search
+            .calls(function, &["deferCallSave", "reflectcallSave"])[..]
+        {
             [call] => Ok(call),
             _ => Err(shape(&function.name, "one call of deferCallSave")),
         }
@@ -494,7 +505,15 @@ impl Runner {
 fn before_clearing(next: &Decoded) -> Option<usize> {
     let instructions = &next.code.instructions;
     let mut stores = instructions.iter().enumerate().filter(|(_, i)| {
-        matches!(i.op, Op::Store { to: Place::Based(..), size: 1, count: 1, .. })
+        matches!(
+            i.op,
+            Op::Store {
+                to: Place::Based(..),
+                size: 1,
+                count: 1,
+                ..
+            }
+        )
     });
     let (Some((store, _)), None) = (stores.next(), stores.next()) else {
         return None;

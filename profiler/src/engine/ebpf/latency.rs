@@ -8,12 +8,7 @@ use deferprof_ebpf_common::{
     run::RunTotal,
 };
 
-use super::{
-    counters::per_cpu_array,
-    object::take,
-    run::Totals,
-    sys::Map,
-};
+use super::{counters::per_cpu_array, object::take, run::Totals, sys::Map};
 use crate::engine::{Distribution, EngineError, LatencyCounts, Times};
 
 /// How many goroutines are known at once: 10 MB in the kernel.
@@ -62,7 +57,10 @@ impl LatencyCounters {
             if self.buckets.lookup_into(&key, &mut value)? {
                 let (site, time, bucket) = parts(u64::from_ne_bytes(key));
                 let count = u64::from_ne_bytes(value);
-                buckets.entry((site, time)).or_default().push((bucket, count));
+                buckets
+                    .entry((site, time))
+                    .or_default()
+                    .push((bucket, count));
             }
         }
         let mut distribution = |site: u32, time: Time, sum: u64| {
@@ -95,7 +93,9 @@ impl LatencyCounters {
         let (mut key, mut next) = ([0; KEY], [0; KEY]);
         let mut count = 0;
         while count < u64::from(IN_FLIGHT)
-            && self.in_flight.next_key((count > 0).then_some(&key), &mut next)?
+            && self
+                .in_flight
+                .next_key((count > 0).then_some(&key), &mut next)?
         {
             key = next;
             count += 1;

@@ -36,9 +36,7 @@ impl Links {
         pid: Pid,
     ) -> Result<Self, EngineError> {
         match kind {
-            LinkKind::UprobeMulti => {
-                multi::attach(program, path, probes, pid).map(Self::Multi)
-            }
+            LinkKind::UprobeMulti => multi::attach(program, path, probes, pid).map(Self::Multi),
             LinkKind::TraceEvent => tracefs::attach(program, path, probes, pid).map(Self::Trace),
             LinkKind::PerfEvent => perf::attach(program, path, probes, pid).map(Self::Perf),
         }

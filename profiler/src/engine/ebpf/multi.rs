@@ -49,12 +49,7 @@ pub(super) fn is_supported(program: BorrowedFd<'_>) -> Result<(), io::Error> {
     }
 }
 
-fn link(
-    program: BorrowedFd<'_>,
-    path: &CStr,
-    probes: &[Placed],
-    pid: Pid,
-) -> io::Result<OwnedFd> {
+fn link(program: BorrowedFd<'_>, path: &CStr, probes: &[Placed], pid: Pid) -> io::Result<OwnedFd> {
     let (offsets, cookies): (Vec<_>, Vec<_>) = probes
         .iter()
         .map(|probe| (probe.offset.0, probe.cookie.0))

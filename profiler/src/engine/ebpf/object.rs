@@ -15,9 +15,7 @@ use aya_obj::{
     EbpfSectionKind, Object,
     generated::{bpf_insn, bpf_map_type},
 };
-use deferprof_ebpf_common::{
-    Cookie, MAX_SEVERAL, latency::Time, name, pool::PoolOutcome, run::RunPath,
-};
+use deferprof_ebpf_common::{Several, latency::Time, name, pool::PoolOutcome, run::RunPath};
 
 use super::{
     latency,
@@ -117,7 +115,10 @@ impl Loaded {
         let cookies = map(&self.maps, name::COOKIES)?;
         let tell = || -> io::Result<()> {
             for (address, probe) in addresses.iter().zip(placed) {
-                cookies.update(&address.to_ne_bytes(), probe.cookie.0.to_ne_bytes().to_vec())?;
+                cookies.update(
+                    &address.to_ne_bytes(),
+                    probe.cookie.0.to_ne_bytes().to_vec(),
+                )?;
             }
             Ok(())
         };
@@ -128,8 +129,8 @@ impl Loaded {
     pub(super) fn fill(&self, request: &Request<'_>, points: &Points) -> Result<(), EngineError> {
         let (lists, sites) = (map(&self.maps, name::LISTS)?, map(&self.maps, name::SITES)?);
         let tell = || -> io::Result<()> {
-            for (number, cookies) in (0u32..).zip(&points.lists) {
-                lists.update(&number.to_ne_bytes(), list_bytes(cookies))?;
+            for (number, list) in (0u32..).zip(&points.lists) {
+                lists.update(&number.to_ne_bytes(), list_bytes(list))?;
             }
             for (address, site) in request.more.returns {
                 sites.update(&address.0.to_ne_bytes(), site.to_ne_bytes().to_vec())?;
@@ -147,14 +148,14 @@ impl Loaded {
     }
 }
 
-/// A [`Several`](deferprof_ebpf_common::Several) as the map holds it.
-fn list_bytes(cookies: &[Cookie]) -> Vec<u8> {
-    let mut words = [0; 1 + MAX_SEVERAL];
-    words[0] = cookies.len() as u64;
-    for (to, from) in words[1..].iter_mut().zip(cookies) {
-        *to = from.0;
-    }
-    words.into_iter().flat_map(u64::to_ne_bytes).collect()
+/// A [`Several`] as the map holds it.
+fn list_bytes(list: &Several) -> Vec<u8> {
+    [list.returned, list.length]
+        .into_iter()
+        .chain(list.sites)
+        .chain([list.exit])
+        .flat_map(u32::to_ne_bytes)
+        .collect()
 }
 
 /// One of the maps.
@@ -301,8 +302,10 @@ fn set_variables(
     let (by_address, stacks) = (flag(options.addresses > 0), flag(options.stacks.is_some()));
     let latency = flag(options.taxes.is_some());
     let taxes = options.taxes.unwrap_or(Taxes::NONE);
-    let [emulated, stepped, call] = [taxes.emulated_ns, taxes.single_stepped_ns, taxes.call_ns]
-        .map(u64::to_ne_bytes);
+    let (emulated, stepped) = (
+        taxes.emulated_ns.to_ne_bytes(),
+        taxes.single_stepped_ns.to_ne_bytes(),
+    );
     object.patch_map_data(HashMap::from([
         (name::TGID, (&tgid[..], true)),
         (name::PREEMPTIBLE, (&preemptible[..], true)),
@@ -311,7 +314,6 @@ fn set_variables(
         (name::LATENCY, (&latency[..], true)),
         (name::TAX_EMULATED, (&emulated[..], true)),
         (name::TAX_STEPPED, (&stepped[..], true)),
-        (name::TAX_CALL, (&call[..], true)),
         (name::PIDNS_INODE, (&inode[..], true)),
         (name::PIDNS_DEVICE, (&device[..], true)),
     ]))
@@ -356,10 +358,16 @@ fn create_maps(
         (name::SITES, Some(options.returns.max(1))),
         (name::STACKS, Some(stacks)),
         (name::STACK_COUNTS, Some(stacks)),
-        (name::STACKS_LOST, Some(by_site(options.stacks.is_some(), 1))),
+        (
+            name::STACKS_LOST,
+            Some(by_site(options.stacks.is_some(), 1)),
+        ),
         (name::SCRATCH, None),
         (name::POOL_POINTS, Some(options.pool.max(1))),
-        (name::POOL, Some(by_site(options.pool > 0, PoolOutcome::COUNT))),
+        (
+            name::POOL,
+            Some(by_site(options.pool > 0, PoolOutcome::COUNT)),
+        ),
         (name::POOL_TOTALS, None),
         (name::RUN_POINTS, Some(runs.max(1))),
         (name::RUN_LAYOUT, None),
@@ -367,7 +375,10 @@ fn create_maps(
         (name::RECORDS, Some(if_asked(options.records, run::RECORDS))),
         (name::RAN, Some(by_site(ran, RunPath::COUNT))),
         (name::RUN_TOTALS, None),
-        (name::GOROUTINES, Some(if_asked(latency, latency::GOROUTINES))),
+        (
+            name::GOROUTINES,
+            Some(if_asked(latency, latency::GOROUTINES)),
+        ),
         (name::IN_FLIGHT, Some(if_asked(latency, latency::IN_FLIGHT))),
         (name::BUCKETS, Some(if_asked(latency, latency::BUCKETS))),
         (name::SUMS, Some(by_site(latency, Time::COUNT))),

@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, io};
 
-use deferprof_ebpf_common::{Cookie, MAX_SEVERAL, Role};
+use deferprof_ebpf_common::{Cookie, MAX_SEVERAL, Role, Several};
 use deferprof_symbols::{FileOffset, ProbePoint, RunEvent};
 
 use crate::engine::{EngineError, InstructionCost, Request};
@@ -25,7 +25,7 @@ pub(super) struct Points {
     /// One for each instruction.
     pub(super) placed: Vec<Placed>,
     /// What the instructions stand for that stand for several things.
-    pub(super) lists: Vec<Vec<Cookie>>,
+    pub(super) lists: Vec<Several>,
 }
 
 /// When something happens that one instruction stands for.
@@ -99,8 +99,8 @@ impl Collected {
         let (stepped, answers) = self.0.entry(offset).or_default();
         *stepped |= cost == InstructionCost::SingleStepped;
         let answer = (order, Cookie::new(role, number));
-        // Exits of several defers may share the instruction behind them.
-        if role != Role::ExitReturned || !answers.contains(&answer) {
+        // Calls may share the instruction behind them, and the ways to an exit its call.
+        if !answers.contains(&answer) {
             answers.push(answer);
         }
     }
@@ -111,22 +111,19 @@ impl Collected {
             let offset = FileOffset(offset);
             answers.sort_by_key(|(order, _)| *order);
             let cookies: Vec<Cookie> = answers.into_iter().map(|(_, cookie)| cookie).collect();
-            let cookie = match cookies[..] {
-                [cookie] => cookie,
-                _ if cookies.len() > MAX_SEVERAL => {
-                    return Err(EngineError::InvalidProbe {
-                        offset,
-                        source: io::Error::other(format!(
-                            "it answers {} questions, more than {MAX_SEVERAL}",
-                            cookies.len()
-                        )),
-                    });
-                }
-                _ => {
-                    let number = u32::try_from(points.lists.len()).unwrap_or(u32::MAX);
-                    points.lists.push(cookies);
-                    Cookie::new(Role::Several, number)
-                }
+            let cookie = if let [cookie] = cookies[..] {
+                cookie
+            } else {
+                let list = together(&cookies).ok_or_else(|| EngineError::InvalidProbe {
+                    offset,
+                    source: io::Error::other(format!(
+                        "it would answer {} questions together",
+                        cookies.len()
+                    )),
+                })?;
+                let number = u32::try_from(points.lists.len()).unwrap_or(u32::MAX);
+                points.lists.push(list);
+                Cookie::new(Role::Several, number)
             };
             let cookie = match stepped {
                 true => cookie.single_stepped(),
@@ -136,6 +133,37 @@ impl Collected {
         }
         Ok(points)
     }
+}
+
+/// What an instruction stands for together; `None` if it is more than one list has room for.
+fn together(cookies: &[Cookie]) -> Option<Several> {
+    let mut several = Several {
+        returned: 0,
+        length: 0,
+        sites: [0; MAX_SEVERAL],
+        exit: Several::NO_EXIT,
+    };
+    let is = |cookie: &Cookie, role: Role| cookie.role() == role as u32;
+    for cookie in cookies {
+        let takes_record = is(cookie, Role::RegisteredRecord);
+        if is(cookie, Role::ExitReturned) {
+            several.returned = 1;
+        } else if is(cookie, Role::Registered) || takes_record {
+            let flag = if takes_record {
+                Several::TAKES_RECORD
+            } else {
+                0
+            };
+            *several.sites.get_mut(several.length as usize)? = cookie.number() | flag;
+            several.length += 1;
+        } else if is(cookie, Role::Exit) && several.exit == Several::NO_EXIT {
+            several.exit = cookie.number();
+        } else {
+            // No site is where the runtime takes records or makes calls.
+            return None;
+        }
+    }
+    Some(several)
 }
 
 #[cfg(test)]
@@ -155,16 +183,17 @@ mod tests {
         add(8, Emulated, Order::CallReturned, Role::ExitReturned, 0);
         add(8, Emulated, Order::CallReturned, Role::ExitReturned, 0);
         let points = collected.place().unwrap();
-        let cookies: Vec<_> = points.placed.iter().map(|p| (p.offset.0, p.cookie)).collect();
+        let cookies: Vec<_> = points
+            .placed
+            .iter()
+            .map(|p| (p.offset.0, p.cookie))
+            .collect();
         let single = Cookie::new(Role::Registered, 2).single_stepped();
         assert_eq!(cookies, [(8, Cookie::new(Role::Several, 0)), (16, single)]);
+        let list = points.lists[0];
         assert_eq!(
-            points.lists,
-            [[
-                Cookie::new(Role::ExitReturned, 0),
-                Cookie::new(Role::Registered, 1),
-                Cookie::new(Role::Exit, 1),
-            ]]
+            (list.returned, list.length, list.sites[0], list.exit),
+            (1, 1, 1, 1)
         );
     }
 
@@ -175,6 +204,9 @@ mod tests {
             let (order, role) = (Order::Registered, Role::Registered);
             collected.add(FileOffset(8), InstructionCost::Emulated, order, role, site);
         }
-        assert!(matches!(collected.place(), Err(EngineError::InvalidProbe { .. })));
+        assert!(matches!(
+            collected.place(),
+            Err(EngineError::InvalidProbe { .. })
+        ));
     }
 }

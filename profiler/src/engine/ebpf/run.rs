@@ -24,10 +24,7 @@ use crate::engine::{EngineError, Ran, RunCounts};
 pub(super) const RECORDS: u32 = 64 * 1024;
 
 /// Tells the program what its probes stand on.
-pub(super) fn fill(
-    maps: &HashMap<&'static str, Map>,
-    runs: &RunProbes,
-) -> Result<(), EngineError> {
+pub(super) fn fill(maps: &HashMap<&'static str, Map>, runs: &RunProbes) -> Result<(), EngineError> {
     let points = map(maps, name::RUN_POINTS)?;
     let layouts = map(maps, name::RUN_LAYOUT)?;
     let frames = map(maps, name::OPEN_FRAMES)?;
