@@ -138,6 +138,11 @@ fn record(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
     if layout.by_records != 0 && byte(record.wrapping_add(layout.open))? != 0 {
         return Ok(());
     }
+    if point.closure != RunPoint::NO_CLOSURE
+        && word(hit.sp().wrapping_add(point.closure))? == 0
+    {
+        return Ok(()); // A nil function: it panics instead.
+    }
     // SAFETY: the helper checks the user's address.
     let [sp, pc] = unsafe { bpf_probe_read_user(record.wrapping_add(SP_AND_PC) as *const [u64; 2]) }?;
     let bias = hit.instruction().wrapping_sub(point.address);
@@ -214,6 +219,9 @@ fn frame(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
             };
         }
         bit = cleared_bit(hit, frame, varp)?;
+        if hit.second_argument() == 0 {
+            return Ok(()); // A nil function: it panics instead.
+        }
     } else {
         let panic = hit.sp().wrapping_add(runner.panic);
         let bits = word(panic.wrapping_add(layout.bits))?;
@@ -232,6 +240,9 @@ fn frame(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
         };
         varp = bits.wrapping_add(frame.bits);
         bit = highest(set);
+        if bit < MAX_BITS && word(varp.wrapping_sub(frame.slots[bit]))? == 0 {
+            return Ok(());
+        }
     }
     if bit >= MAX_BITS {
         total(RunTotal::Unknown);

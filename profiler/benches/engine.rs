@@ -8,7 +8,7 @@ mod target;
 use std::time::Instant;
 
 use deferprof::engine::{
-    DEFAULT_STACKS, LinkChoice, LinkKind, Request, Session, calibrate, features,
+    DEFAULT_STACKS, LinkChoice, LinkKind, More, Request, Session, calibrate, features,
 };
 use deferprof_symbols::{FileOffset, Probe};
 

@@ -184,7 +184,7 @@ fn counted(release: &str, link: &str, fixtures: &[&str]) {
         );
         let panics = &profile["panics"];
         assert_eq!(panics["started"], truth.panics, "{what}");
-        assert_eq!(panics["recovered"], truth.recovered, "{what}");
+        assert_eq!(panics["recovered"], truth.resumed, "{what}");
         println!("{what}: {truth:?}");
     }
 }

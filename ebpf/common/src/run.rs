@@ -24,8 +24,16 @@ pub struct RunPoint {
     pub site: u64,
     /// For [`RunEvent::Taken`]: 1 if the record will not name its site when it is run.
     pub keeps: u64,
+    /// For [`RunEvent::Record`]: offset from SP of the closure, which is not called if it is nil, or
+    /// [`RunPoint::NO_CLOSURE`].
+    pub closure: u64,
     /// The loops that it can be in; the unused ones have a `path` of [`RunPath::NONE`].
     pub runners: [Runner; MAX_RUNNERS],
+}
+
+impl RunPoint {
+    /// In [`closure`](Self::closure): it is not nil.
+    pub const NO_CLOSURE: u64 = u64::MAX;
 }
 
 /// A loop that makes deferred calls.

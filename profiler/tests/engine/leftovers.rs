@@ -2,7 +2,7 @@
 
 use std::{fs, os::fd::FromRawFd as _, os::fd::OwnedFd, thread, time::Duration};
 
-use deferprof::engine::{LinkChoice, LinkKind, Request, Session};
+use deferprof::engine::{LinkChoice, LinkKind, More, Request, Session};
 use nix::{libc, unistd::Pid};
 
 use crate::target::{self, Place};

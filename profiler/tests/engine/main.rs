@@ -13,8 +13,8 @@ use std::{
 };
 
 use deferprof::engine::{
-    Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, Loss, Request, Session, calibrate,
-    features,
+    Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, Loss, More, Request, Session,
+    calibrate, features,
 };
 use deferprof_symbols::{FileOffset, Probe};
 use nix::unistd::Pid;

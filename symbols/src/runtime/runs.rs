@@ -75,6 +75,9 @@ pub struct RunProbe {
     pub runners: Vec<Runner>,
     /// For [`RunEvent::Taken`]: where the site's return address is.
     pub site: Option<Caller>,
+    /// For [`RunEvent::Record`]: where the closure is that the record's call is of, as an offset
+    /// from SP; `None` if that was looked at before. A nil one is not called.
+    pub closure: Option<u64>,
     /// For [`RunEvent::Taken`]: whether the record will not name its site when it is run, because
     /// it was made in a range-over-func body.
     pub keeps: bool,
@@ -369,6 +372,7 @@ impl Runtime<'_, '_> {
                 event: RunEvent::Taken,
                 runners: Vec::new(),
                 site: Some(Caller::Site(own.return_address)),
+                closure: None,
                 keeps: name == "deferprocat",
             })
         });
@@ -405,6 +409,10 @@ impl Runtime<'_, '_> {
             event,
             runners,
             site: None,
+            closure: match event {
+                RunEvent::Record(_) => closure(function, index),
+                _ => None,
+            },
             keeps: false,
         })
     }
@@ -498,6 +506,20 @@ impl Runtime<'_, '_> {
 impl Runner {
     /// How many loops one probe can be in.
     pub const MOST: usize = 4;
+}
+
+/// Where the closure is kept while a record is given back: the cell of the first load behind.
+fn closure(function: &Decoded, call: usize) -> Option<u64> {
+    let block = function.code.block_of(call)?;
+    let behind = function.code.instructions.get(call + 1..block.range.end)?;
+    behind.iter().find_map(|instruction| match instruction.op {
+        Op::Load {
+            from: Place::Stack(displacement),
+            size: 8,
+            ..
+        } => u64::try_from(displacement).ok(),
+        _ => None,
+    })
 }
 
 /// An instruction that is always executed before nextDefer stores the cleared bits: emulated, and

@@ -6,12 +6,11 @@ use std::{collections::HashMap, io};
 use deferprof_ebpf_common::{
     name,
     run::{
-        self, MAX_RUNNERS, NO_SITE, RunEvent as Seen, RunPath, RunPoint, RunTotal, Runner as Loop,
+        self, MAX_BITS, MAX_RUNNERS, NO_SITE, RunEvent as Seen, RunPath, RunPoint, RunTotal,
+        Runner as Loop,
     },
 };
-use deferprof_symbols::{
-    Caller, OpenFrame, Path, RecordAt, RunEvent, RunLayout, RunProbe, RunProbes,
-};
+use deferprof_symbols::{Caller, Path, RecordAt, RunEvent, RunLayout, RunProbe, RunProbes};
 
 use super::{
     counters::per_cpu_array,
@@ -34,7 +33,8 @@ pub(super) fn fill(maps: &HashMap<&'static str, Map>, runs: &RunProbes) -> Resul
         }
         layouts.update(&0u32.to_ne_bytes(), layout_bytes(&layout(runs.layout)))?;
         for frame in &runs.frames {
-            frames.update(&frame.deferreturn.0.to_ne_bytes(), frame_bytes(frame))?;
+            let value = frame_bytes(frame.bits, frame.depth, frame.slots, frame.sites);
+            frames.update(&frame.deferreturn.0.to_ne_bytes(), value)?;
         }
         Ok(())
     };
@@ -74,6 +74,7 @@ fn point(probe: &RunProbe) -> RunPoint {
             _ => 0,
         },
         keeps: probe.keeps.into(),
+        closure: probe.closure.unwrap_or(RunPoint::NO_CLOSURE),
         runners,
     }
 }
@@ -88,6 +89,7 @@ fn point_bytes(point: &RunPoint) -> Vec<u8> {
         point.in_argument,
         point.site,
         point.keeps,
+        point.closure,
     ]
     .into_iter()
     .chain(runners)
@@ -135,9 +137,14 @@ fn layout_bytes(layout: &run::RunLayout) -> Vec<u8> {
 }
 
 /// A [`run::OpenFrame`] as the map holds it.
-fn frame_bytes(frame: &OpenFrame) -> Vec<u8> {
-    let words = [frame.bits, frame.depth].into_iter().chain(frame.slots);
-    let sites = frame.sites.iter().map(|site| site.unwrap_or(NO_SITE));
+fn frame_bytes(
+    bits: u64,
+    depth: u64,
+    slots: [u64; MAX_BITS],
+    sites: [Option<u32>; MAX_BITS],
+) -> Vec<u8> {
+    let words = [bits, depth].into_iter().chain(slots);
+    let sites = sites.into_iter().map(|site| site.unwrap_or(NO_SITE));
     words
         .flat_map(u64::to_ne_bytes)
         .chain(sites.flat_map(u32::to_ne_bytes))
@@ -205,8 +212,6 @@ impl RunCounters {
 mod tests {
     use std::mem::offset_of;
 
-    use deferprof_symbols::VirtualAddress;
-
     use super::*;
 
     fn word(bytes: &[u8], offset: usize) -> u64 {
@@ -221,6 +226,7 @@ mod tests {
             in_argument: 3,
             site: 4,
             keeps: 5,
+            closure: 8,
             ..RunPoint::default()
         };
         point.runners[1].panic = 6;
@@ -232,6 +238,7 @@ mod tests {
         assert_eq!(word(&bytes, offset_of!(RunPoint, in_argument)), 3);
         assert_eq!(word(&bytes, offset_of!(RunPoint, site)), 4);
         assert_eq!(word(&bytes, offset_of!(RunPoint, keeps)), 5);
+        assert_eq!(word(&bytes, offset_of!(RunPoint, closure)), 8);
         let second = offset_of!(RunPoint, runners) + size_of::<Loop>();
         assert_eq!(word(&bytes, second + offset_of!(Loop, panic)), 6);
         assert_eq!(word(&bytes, second + offset_of!(Loop, returns_to)), 7);
@@ -257,13 +264,8 @@ mod tests {
 
     #[test]
     fn a_frame_is_laid_out_as_the_program_reads_it() {
-        let bytes = frame_bytes(&OpenFrame {
-            deferreturn: VirtualAddress(0),
-            bits: 1,
-            slots: [2, 3, 0, 0, 0, 0, 0, 0],
-            sites: [Some(4), None, None, None, None, None, None, None],
-            depth: 5,
-        });
+        let sites = [Some(4), None, None, None, None, None, None, None];
+        let bytes = frame_bytes(1, 5, [2, 3, 0, 0, 0, 0, 0, 0], sites);
         assert_eq!(bytes.len(), size_of::<run::OpenFrame>());
         assert_eq!(word(&bytes, offset_of!(run::OpenFrame, bits)), 1);
         assert_eq!(word(&bytes, offset_of!(run::OpenFrame, depth)), 5);
