@@ -301,7 +301,7 @@ impl<'a> Plan<'a> {
                         .as_ref()
                         .map_or(0, |l| l.evicted + l.in_flight_full + l.buckets_full),
                 ),
-                unmatched: counts.latency.as_ref().map(|l| l.unmatched),
+                unmatched: runs::unmatched(&counts),
             }),
             warnings,
         };

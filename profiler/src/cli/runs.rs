@@ -117,6 +117,19 @@ pub(super) fn latency(counts: &Counts, index: usize, site: &Site, taxes: Taxes) 
     })
 }
 
+/// Ends without a start, and deferred calls that were not seen to return: they panicked, ended the
+/// goroutine or the process, or are still under way.
+pub(super) fn unmatched(counts: &Counts) -> Option<u64> {
+    let (latency, runs) = (counts.latency.as_ref()?, counts.runs.as_ref()?);
+    let made: u64 = runs
+        .ran
+        .iter()
+        .map(|ran| ran.on_return + ran.on_panic + ran.on_goexit)
+        .sum();
+    let returned: u64 = latency.sites.iter().map(|site| site.call.count()).sum();
+    Some(latency.unmatched + made.saturating_sub(returned))
+}
+
 fn histogram(times: &Distribution, floor_ns: u64) -> Histogram {
     let quantile = |share| times.quantile(share).unwrap_or(0);
     let (min, max) = times.range().unwrap_or((0, 0));
