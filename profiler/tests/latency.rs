@@ -257,7 +257,7 @@ fn storm(release: &str, seconds: f64) {
         assert_eq!(site["pending"], 0, "{what}: {site}");
     }
     assert_eq!(profile["panics"]["started"], runtime.panics, "{what}");
-    assert_eq!(profile["panics"]["recovered"], runtime.recovered, "{what}");
+    assert_eq!(profile["panics"]["recovered"], runtime.resumed, "{what}");
     assert_eq!(profile["runtime"]["miss"], runtime.miss, "{what}");
     assert_eq!(profile["loss"]["dropped"], 0, "{what}");
     counts_add_up(&what, &profile, false);

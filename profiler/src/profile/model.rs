@@ -155,7 +155,7 @@ pub struct Ran {
 pub struct Panics {
     /// How many started: calls of `panic`, also by the runtime and while another one unwinds.
     pub started: u64,
-    /// How many of them a deferred call recovered.
+    /// How many of them ended in a recovery: a deferred call recovered, and did not panic again.
     pub recovered: u64,
 }
 
