@@ -184,6 +184,7 @@ fn counted(release: &str, link: &str, fixtures: &[&str]) {
         );
         let panics = &profile["panics"];
         assert_eq!(panics["started"], truth.panics, "{what}");
+        // Of a deferred call that recovers and then panics again, the new panic takes the old one's place.
         assert_eq!(panics["recovered"], truth.resumed, "{what}");
         println!("{what}: {truth:?}");
     }

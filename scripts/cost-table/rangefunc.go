@@ -1,11 +1,12 @@
 //go:build go1.23
+// +build go1.23
 
 package main
 
 func init() {
 	pairs = append(pairs,
-		pair{"range-func", 1, rangeFunc, rangeFuncDirect},
-		pair{"range-func", 8, rangeFunc, rangeFuncDirect})
+		pair{"range-func", 1, rangeFunc, rangeFuncDirect, calls, nil, false},
+		pair{"range-func", 8, rangeFunc, rangeFuncDirect, calls, nil, false})
 }
 
 type sequence int

@@ -150,6 +150,9 @@ pub struct ShowArgs {
     /// Show at most this many sites in the table; 0 for all.
     #[arg(long, value_name = "N", default_value_t = 30)]
     pub limit: usize,
+    /// Tell below the table, for each of its rows, what its figures say and what to do about it.
+    #[arg(long)]
+    pub advice: bool,
     /// What the widths of flame graphs and the numbers of folded stacks mean.
     #[arg(long, value_enum, default_value_t)]
     pub weight: Weight,

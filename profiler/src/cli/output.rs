@@ -61,6 +61,7 @@ impl Outputs {
             sort: arguments.sort,
             limit: (arguments.limit > 0).then_some(arguments.limit),
             weight: arguments.weight,
+            advice: arguments.advice,
         };
         Ok(Self {
             format: arguments.format,

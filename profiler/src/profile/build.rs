@@ -9,7 +9,7 @@ use super::{
     Engine, Latency, LinkKind, Loss, Overhead, Panics, Pool, Profile, ProfileSite, Ran, Runtime,
     SiteInfo, Stack, StackFrame, Target, Window,
 };
-use crate::cost::CostTable;
+use crate::cost::{CostTable, Evidence};
 
 /// What is known after the probes were disarmed: the material of a [`Profile`].
 #[derive(Clone, Debug)]
@@ -111,8 +111,14 @@ impl Profile {
                      pending,
                      latency,
                  }| {
-                    let cost = registered.and_then(|n| costs.cost_ns(info.mechanism, n));
-                    let saving = registered.and_then(|n| costs.saving_ns(info.mechanism, n));
+                    let estimate = registered.and_then(|registered| {
+                        costs.estimate(&Evidence {
+                            mechanism: info.mechanism,
+                            registered,
+                            pool,
+                            register: latency.and_then(|latency| latency.register),
+                        })
+                    });
                     ProfileSite {
                         info,
                         registered,
@@ -121,8 +127,9 @@ impl Profile {
                         pool,
                         latency_ns: latency,
                         estimated: None,
-                        cost_ns: cost,
-                        saving_ns: saving,
+                        cost_ns: estimate.map(|estimate| estimate.cost_ns),
+                        saving_ns: estimate.and_then(|estimate| estimate.saving_ns),
+                        cost_basis: estimate.map(|estimate| estimate.basis),
                     }
                 },
             )
@@ -134,13 +141,13 @@ impl Profile {
                 .resolve(raw)
                 .into_iter()
                 .filter_map(|((site, locations), registered)| {
-                    let info = &sites.get(site)?.info;
+                    let site = sites.get(site)?;
                     Some(Stack {
-                        site: info.id.clone(),
+                        site: site.info.id.clone(),
                         frames: resolver.names(&locations),
                         locations: Some(locations),
                         registered,
-                        cost_ns: costs.cost_ns(info.mechanism, registered),
+                        cost_ns: site.share_of_cost(registered),
                     })
                 })
                 .collect::<Vec<_>>()
@@ -368,7 +375,8 @@ mod tests {
             .map(|s| (s.site.as_str(), s.registered))
             .collect();
         assert_eq!(counts, [("main.f#1", 30), ("main.f#2", 5)]);
-        assert_eq!(stacks[0].cost_ns, costs.cost_ns(Mechanism::Heap, 30));
+        let each = costs.each(Mechanism::Heap).unwrap();
+        assert!((stacks[0].cost_ns.unwrap() - each * 30.0).abs() < 0.1);
         assert_eq!(profile.sites[0].cost_ns, stacks[0].cost_ns);
         assert!(profile.sites[0].saving_ns < profile.sites[0].cost_ns);
         assert_eq!(profile.sites[1].saving_ns, None);

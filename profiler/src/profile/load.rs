@@ -117,6 +117,14 @@ impl Profile {
                 ));
             }
         }
+        for site in &self.sites {
+            let means = site
+                .latency_ns
+                .map(|l| [l.register, l.call, l.held].map(|h| h.map(|h| h.mean)));
+            if let Some(ns) = means.and_then(negative) {
+                return Err(format!("the site {:?} took {ns} ns", site.info.id));
+            }
+        }
         let overhead = self.overhead.map(|o| [o.ns_per_hit, o.target_share]);
         if let Some(value) = overhead.and_then(negative) {
             return Err(format!("the overhead is {value}"));

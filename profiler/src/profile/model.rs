@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::SiteInfo;
 use super::load::Schema;
 use super::words;
+use crate::cost::CostBasis;
 
 /// What one observation of a process found, schema `deferprof.profile/1`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -125,12 +126,16 @@ pub struct ProfileSite {
     /// Reserved for the overhead budget; kept as it is.
     #[serde(default)]
     pub estimated: Option<serde_json::Value>,
-    /// What its defers cost in the window by the cost table, in ns of CPU time.
+    /// What its defers cost in the window, in ns of CPU time: an estimate.
     #[serde(default)]
     pub cost_ns: Option<f64>,
     /// How much of it open coding would save, in ns; `None` where nothing can be saved or said.
     #[serde(default)]
     pub saving_ns: Option<f64>,
+    /// What both rest on; `None` without a cost, and in files of older versions, which had only the
+    /// table.
+    #[serde(default)]
+    pub cost_basis: Option<CostBasis>,
 }
 
 /// How often a deferred call was made, by path.
@@ -150,7 +155,7 @@ pub struct Ran {
 pub struct Panics {
     /// How many started: calls of `panic`, also by the runtime and while another one unwinds.
     pub started: u64,
-    /// How many of them a deferred call recovered.
+    /// How many of them ended in a recovery: a deferred call recovered, and did not panic again.
     pub recovered: u64,
 }
 
@@ -325,6 +330,18 @@ impl ProfileSite {
     /// How often the statement executed, unmeasured counting as never.
     pub fn count(&self) -> u64 {
         self.registered.unwrap_or(0)
+    }
+
+    /// What so many of its defers cost, in ns.
+    pub(crate) fn share_of_cost(&self, registered: u64) -> Option<f64> {
+        let cost = self.cost_ns?;
+        let all = self.count();
+        let share = match registered {
+            _ if registered == all => cost,
+            0 => 0.0,
+            _ => cost * (registered as f64 / all.max(1) as f64),
+        };
+        Some((share * 10.0).round() / 10.0)
     }
 }
 

@@ -249,8 +249,9 @@ impl Grid {
             line.end(out)?;
             let details = rest.iter().filter_map(|Shown { column, .. }| {
                 let cell = column.cells.get(row)?;
-                let known = !cell.text.is_empty() && cell.text != "-";
-                known.then_some(())?;
+                // What was not measured, or never happened, is not worth its title.
+                let telling = !["", "-", "0"].contains(&cell.text.as_str());
+                telling.then_some(())?;
                 Some(format!("{} {}", column.title.to_lowercase(), cell.text))
             });
             for detail in join(details, " · ", room) {

@@ -97,6 +97,8 @@ pub struct Options {
     pub limit: Option<usize>,
     /// What the widths of a flame graph mean.
     pub weight: Weight,
+    /// Whether the table tells each row's story, and what to do about it.
+    pub advice: bool,
 }
 
 /// What a stack weighs.
@@ -118,6 +120,7 @@ impl Default for Options {
             sort: SortKey::default(),
             limit: None,
             weight: Weight::default(),
+            advice: false,
         }
     }
 }

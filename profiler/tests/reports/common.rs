@@ -19,6 +19,11 @@ pub fn api() -> Profile {
     Profile::from_json(&file("data/api.json")).expect("the file follows the schema")
 }
 
+/// A profile with everything that can be measured, made by hand: `data/shop.json`.
+pub fn shop() -> Profile {
+    Profile::from_json(&file("data/shop.json")).expect("the file follows the schema")
+}
+
 /// What a format writes, and its notes.
 pub fn bytes(profile: &Profile, format: Format, options: &Options) -> (Vec<u8>, Vec<Note>) {
     let mut out = Vec::new();

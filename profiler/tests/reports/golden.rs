@@ -1,7 +1,7 @@
 //! Formats against files. The numbers in them were worked out by hand from `data/api.json`
 //! (3,510,000 defers and 29.7 ms of cost in 10 s), the layout was read by eye.
 
-use crate::common::{api, assert_golden, bytes, file, text};
+use crate::common::{api, assert_golden, bytes, file, shop, text};
 use deferprof::profile::{Profile, Scan};
 use deferprof::rank::SortKey;
 use deferprof::report::{Format, Json, Note, Options, ScanReport, ScanTable, Weight};
@@ -52,6 +52,28 @@ fn times_and_pool_get_columns_when_measured() {
 }
 
 #[test]
+fn paths_and_times_get_columns_within_the_width() {
+    for width in [80, 240] {
+        let options = Options {
+            sort: SortKey::Held,
+            ..at(width)
+        };
+        let table = text(&shop(), Format::Table, &options);
+        assert_golden(&format!("shop.{width}.txt"), &table);
+    }
+}
+
+#[test]
+fn advice_tells_the_story_of_each_row() {
+    let options = Options {
+        advice: true,
+        ..at(100)
+    };
+    let table = text(&shop(), Format::Table, &options);
+    assert_golden("shop.advice.100.txt", &table);
+}
+
+#[test]
 fn color_changes_nothing_but_escapes() {
     let colored = Options {
         color: true,
@@ -76,10 +98,12 @@ fn folded_by_count_and_by_cost() {
 
 #[test]
 fn json_says_what_the_file_said() {
-    let written = text(&api(), Format::Json, &at(120));
-    let read: serde_json::Value = serde_json::from_str(&written).unwrap();
-    let original: serde_json::Value = serde_json::from_slice(&file("data/api.json")).unwrap();
-    assert_eq!(read, original);
+    for (profile, name) in [(api(), "data/api.json"), (shop(), "data/shop.json")] {
+        let written = text(&profile, Format::Json, &at(120));
+        let read: serde_json::Value = serde_json::from_str(&written).unwrap();
+        let original: serde_json::Value = serde_json::from_slice(&file(name)).unwrap();
+        assert_eq!(read, original, "{name}");
+    }
 }
 
 #[test]

@@ -75,6 +75,28 @@ fn fields_that_may_be_null_may_be_missing() {
     assert_eq!(profile.totals().registered, 3_510_000);
 }
 
+/// As version 0.1 wrote it: no `pending`, `panics`, `cost_basis`, `unmatched`.
+#[test]
+fn files_of_older_versions_are_read() {
+    let profile = changed(|value| {
+        for site in value["sites"].as_array_mut().unwrap() {
+            for field in ["pending", "cost_basis"] {
+                site.as_object_mut().unwrap().remove(field).unwrap();
+            }
+        }
+        value.as_object_mut().unwrap().remove("panics").unwrap();
+        value["loss"]
+            .as_object_mut()
+            .unwrap()
+            .remove("unmatched")
+            .unwrap();
+    })
+    .unwrap();
+    assert_eq!(profile.sites[1].cost_basis, None);
+    assert_eq!(profile.loss.unwrap().unmatched, None);
+    assert_eq!(profile.sites[1].cost_ns, Some(20_000_000.0));
+}
+
 #[test]
 fn contradictions_are_named() {
     let twice = changed(|value| value["sites"][1]["id"] = value["sites"][0]["id"].clone());
@@ -93,6 +115,11 @@ fn contradictions_are_named() {
     assert!(message(negative).contains("does not follow the schema"));
     let gain = changed(|value| value["sites"][0]["cost_ns"] = json!(-1.5));
     assert!(message(gain).contains("-1.5 ns"));
+    let time = changed(|value| {
+        value["sites"][0]["latency_ns"] = json!({"call": {"count": 1, "below_floor": 0, "min": 1,
+            "p50": 1, "p90": 1, "p99": 1, "p999": 1, "max": 1, "mean": -2.0}});
+    });
+    assert!(message(time).contains("-2 ns"));
     let when = changed(|value| value["window"]["start"] = json!("yesterday"));
     assert!(message(when).contains("does not follow the schema"));
 }
@@ -115,7 +142,7 @@ fn the_documentation_names_every_field() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/profile-format.md");
     let documentation = std::fs::read_to_string(path).unwrap();
     let mut all = Vec::new();
-    for name in ["data/api.json", "data/scan.json"] {
+    for name in ["data/api.json", "data/shop.json", "data/scan.json"] {
         names(&serde_json::from_slice(&file(name)).unwrap(), &mut all);
     }
     for name in all {

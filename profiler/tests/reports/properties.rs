@@ -1,7 +1,7 @@
 //! What must hold for every profile: widths, sums, nothing raw on a terminal, well-formed XML.
 
 use crate::common::{api, text};
-use deferprof::profile::{Profile, ProfileSite, Scan, Stack};
+use deferprof::profile::{Histogram, Latency, Profile, ProfileSite, Ran, Scan, Stack};
 use deferprof::report::{Format, Options, ScanExplained, ScanReport, ScanTable, Weight};
 use deferprof_symbols::Mechanism;
 use unicode_width::UnicodeWidthStr;
@@ -65,6 +65,31 @@ fn profile(n: usize) -> Profile {
             site.registered = registered;
             site.cost_ns = registered.map(|n| n as f64 * 20.0);
             site.saving_ns = registered.map(|n| n as f64 * 19.5);
+            site.ran = (i % 2 == 0).then(|| Ran {
+                r#return: numbers(i + 1),
+                panic: numbers(i + 2) % 3,
+                goexit: numbers(i + 3),
+            });
+            site.pending = (i % 4 == 0).then(|| numbers(i + 4) % 2);
+            let times = |i: usize| {
+                let count = numbers(i);
+                (!i.is_multiple_of(3)).then(|| Histogram {
+                    count,
+                    below_floor: count / (1 + i as u64 % 3),
+                    min: 0,
+                    p50: numbers(i + 1),
+                    p90: 0,
+                    p99: numbers(i + 2),
+                    p999: 0,
+                    max: 0,
+                    mean: numbers(i + 3) as f64,
+                })
+            };
+            site.latency_ns = (i % 5 < 3).then(|| Latency {
+                register: times(i),
+                call: times(i + 1),
+                held: times(i + 2),
+            });
             if let Some(half) = registered.filter(|_| i % 3 == 0).map(|n| n / 3) {
                 for root in ["main.main", "root;\nof\x1b all"] {
                     stacks.push(Stack {
@@ -122,6 +147,13 @@ fn no_line_of_a_table_is_wider_than_the_terminal() {
             };
             let what = format!("{sites} sites in {width} columns");
             check_lines(&text(&profile, Format::Table, &options), width, &what);
+            if width % 10 == 0 || sites < 40 {
+                let advised = Options {
+                    advice: true,
+                    ..options.clone()
+                };
+                check_lines(&text(&profile, Format::Table, &advised), width, &what);
+            }
             for report in [
                 Box::new(ScanTable::new(&options)) as Box<dyn ScanReport>,
                 Box::new(ScanExplained::new(&options)),

@@ -1,6 +1,7 @@
 //! What the columns of the table say.
 
-use crate::profile::{Histogram, Pool, Profile, ProfileSite, Totals};
+use crate::profile::{Histogram, Pool, Profile, ProfileSite, Ran, Totals};
+use crate::report::advice::below_floor;
 use crate::report::grid::{Align, Cell, Column, Grid, Need, Place};
 use crate::report::paint::Tint;
 use crate::report::text::{clean, count, plural, rate, share, time};
@@ -87,25 +88,59 @@ fn measured(sites: &[&ProfileSite]) -> Vec<Column> {
     if sites.iter().any(|site| site.pool.is_some()) {
         columns.push(numbers(detail("MISS"), sites, |site| site.pool.map(misses)));
     }
-    type Value = fn(&Histogram) -> u64;
-    type Which = fn(&ProfileSite) -> Option<Histogram>;
-    let call: Which = |site| site.latency_ns.and_then(|latency| latency.call);
-    let held: Which = |site| site.latency_ns.and_then(|latency| latency.held);
-    let times: [(_, Which, Value); 4] = [
-        ("CALL P50", call, |h| h.p50),
-        ("CALL P99", call, |h| h.p99),
-        ("HELD P50", held, |h| h.p50),
-        ("HELD P99", held, |h| h.p99),
-    ];
-    for (title, which, value) in times {
-        if sites.iter().any(|site| which(site).is_some()) {
+    let disturbed = |ran: Ran| ran.panic > 0 || ran.goexit > 0;
+    if sites.iter().filter_map(|site| site.ran).any(disturbed) {
+        type Calls = fn(Ran) -> u64;
+        let paths: [(_, Calls); 3] = [
+            ("RETURN", |ran| ran.r#return),
+            ("PANIC", |ran| ran.panic),
+            ("GOEXIT", |ran| ran.goexit),
+        ];
+        for (title, calls) in paths {
             columns.push(numbers(detail(title), sites, |site| {
-                let histogram = which(site).filter(|h| h.count > 0)?;
-                Some(time(value(&histogram) as f64))
+                site.ran.map(|ran| count(calls(ran)))
+            }));
+        }
+    }
+    if sites.iter().any(|site| site.pending.is_some_and(|n| n > 0)) {
+        columns.push(numbers(detail("PENDING"), sites, |site| {
+            site.pending.map(count)
+        }));
+    }
+    type Which = fn(&ProfileSite) -> Option<Histogram>;
+    let times: [([_; 2], Which); 3] = [
+        (["REGISTER P50", "REGISTER P99"], |site| {
+            site.latency_ns.and_then(|latency| latency.register)
+        }),
+        (["CALL P50", "CALL P99"], |site| {
+            site.latency_ns.and_then(|latency| latency.call)
+        }),
+        (["HELD P50", "HELD P99"], |site| {
+            site.latency_ns.and_then(|latency| latency.held)
+        }),
+    ];
+    for ([p50, p99], which) in times {
+        let measured = |site: &ProfileSite| which(site).filter(|h| h.count > 0);
+        if sites.iter().any(|site| measured(site).is_some()) {
+            columns.push(numbers(detail(p50), sites, |site| {
+                measured(site).map(|h| quantile(&h, 50, h.p50))
+            }));
+            columns.push(numbers(detail(p99), sites, |site| {
+                measured(site).map(|h| quantile(&h, 99, h.p99))
             }));
         }
     }
     columns
+}
+
+/// What stands for a time that cannot be told from the probes' own cost.
+pub(super) const FLOOR: &str = "<floor";
+
+fn quantile(histogram: &Histogram, percent: u64, value: u64) -> String {
+    match below_floor(histogram, percent) {
+        true => FLOOR.to_owned(),
+        false => time(value as f64),
+    }
 }
 
 fn misses(pool: Pool) -> String {

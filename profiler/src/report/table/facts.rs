@@ -2,11 +2,15 @@
 
 use std::io::{self, Write};
 
+use super::columns::FLOOR;
+use crate::cost::CostBasis;
 use crate::profile::{Profile, ProfileSite, Totals};
 use crate::rank::SortKey;
 use crate::report::advice;
 use crate::report::paint::{Paint, Tint};
-use crate::report::text::{clean, count, join, keep_end, plural, rate, share, time, width, wrap};
+use crate::report::text::{
+    clean, count, join, keep_end, plural, rate, share, short_function, time, width, wrap,
+};
 
 const DOT: &str = " · ";
 
@@ -105,33 +109,66 @@ fn means(profile: &Profile) -> Vec<String> {
 }
 
 /// What the rows do not show, from the table down.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one caller, and a struct would only rename them"
-)]
-pub(super) fn footer(
-    profile: &Profile,
-    totals: &Totals,
-    sort: SortKey,
-    shown: &[&ProfileSite],
-    hidden: &[&ProfileSite],
-    columns: usize,
-    paint: Paint,
-    out: &mut dyn Write,
-) -> io::Result<()> {
-    writeln!(out)?;
-    for sentence in gaps(profile, totals, sort, hidden) {
-        lines(wrap(&sentence, columns), Tint::Plain, paint, out)?;
+#[derive(Clone, Copy)]
+pub(super) struct Footer<'a> {
+    pub profile: &'a Profile,
+    pub totals: &'a Totals,
+    pub sort: SortKey,
+    pub shown: &'a [&'a ProfileSite],
+    pub hidden: &'a [&'a ProfileSite],
+    /// Whether each row's story is told, rather than what its reason means.
+    pub advice: bool,
+}
+
+impl Footer<'_> {
+    pub fn write(&self, columns: usize, paint: Paint, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out)?;
+        for sentence in gaps(self.profile, self.totals, self.sort, self.hidden) {
+            lines(wrap(&sentence, columns), Tint::Plain, paint, out)?;
+        }
+        let notes = [floor(self.shown), basis(self.profile, self.totals)];
+        for sentence in notes.into_iter().flatten() {
+            lines(wrap(&sentence, columns), Tint::Dim, paint, out)?;
+        }
+        match self.advice {
+            true => self.stories(columns, paint, out)?,
+            false => reasons(self.shown, columns, paint, out)?,
+        }
+        for warning in &self.profile.warnings {
+            let sentence = format!("Warning: {}", clean(warning));
+            lines(wrap(&sentence, columns), Tint::Yellow, paint, out)?;
+        }
+        Ok(())
     }
-    if let Some(sentence) = basis(profile, totals) {
-        lines(wrap(&sentence, columns), Tint::Dim, paint, out)?;
+
+    /// A paragraph for each row, under its number.
+    fn stories(&self, columns: usize, paint: Paint, out: &mut dyn Write) -> io::Result<()> {
+        if !self.shown.is_empty() {
+            writeln!(out)?;
+        }
+        let indent = self.shown.len().to_string().len() + 2;
+        let room = columns.saturating_sub(indent);
+        let seconds = self.profile.window.seconds();
+        for (rank, site) in (1..).zip(self.shown) {
+            let id = clean(&site.info.id);
+            let id = short_function(&id, room);
+            let number = format!("{rank:<indent$}");
+            writeln!(out, "{number}{}", paint.paint(Tint::Bold, &id))?;
+            for line in wrap(&advice::story(site, seconds), room) {
+                writeln!(out, "{:indent$}{line}", "")?;
+            }
+        }
+        Ok(())
     }
-    reasons(shown, columns, paint, out)?;
-    for warning in &profile.warnings {
-        let sentence = format!("Warning: {}", clean(warning));
-        lines(wrap(&sentence, columns), Tint::Yellow, paint, out)?;
-    }
-    Ok(())
+}
+
+/// What `<floor` means, where it stands.
+fn floor(shown: &[&ProfileSite]) -> Option<String> {
+    let times = shown.iter().filter_map(|site| site.latency_ns);
+    let mut all = times.flat_map(|latency| [latency.register, latency.call, latency.held]);
+    let any =
+        all.any(|histogram| histogram.is_some_and(|h| h.count > 0 && advice::below_floor(&h, 50)));
+    any.then(|| format!("{FLOOR}: too short to tell from what the probes themselves cost."))
 }
 
 /// A sentence for everything that the table leaves out.
@@ -173,6 +210,13 @@ fn gaps(profile: &Profile, totals: &Totals, sort: SortKey, hidden: &[&ProfileSit
             if totals.unwatched == 1 { "it" } else { "them" },
         ));
     }
+    if let Some(panics) = profile.panics.filter(|panics| panics.started > 0) {
+        sentences.push(format!(
+            "{}; {} recovered.",
+            plural(panics.started, "panic started", "panics started"),
+            plural(panics.recovered, "was", "were"),
+        ));
+    }
     if let Some(loss) = profile.loss {
         if let Some(dropped) = loss.dropped.filter(|&n| n > 0) {
             sentences.push(format!(
@@ -186,34 +230,66 @@ fn gaps(profile: &Profile, totals: &Totals, sort: SortKey, hidden: &[&ProfileSit
                 plural(evicted, "entry was", "entries were")
             ));
         }
+        if let Some(unmatched) = loss.unmatched.filter(|&n| n > 0) {
+            sentences.push(format!(
+                "{} no counterpart, so {} missing.",
+                plural(unmatched, "start or end has", "starts and ends have"),
+                if unmatched == 1 {
+                    "its time is"
+                } else {
+                    "their times are"
+                },
+            ));
+        }
     }
     sentences
 }
 
 /// What the cost is made of, from the profile's own figures.
 fn basis(profile: &Profile, totals: &Totals) -> Option<String> {
+    let by = |basis| {
+        let of_it = |site: &&ProfileSite| site.count() > 0 && site.cost_basis == Some(basis);
+        profile.sites.iter().filter(of_it).count() as u64
+    };
+    let by_table = |site: &&ProfileSite| {
+        site.count() > 0 && matches!(site.cost_basis, None | Some(CostBasis::Table))
+    };
     let each = crate::profile::MECHANISMS
         .into_iter()
         .filter_map(|mechanism| {
             let of_it = |site: &&ProfileSite| site.info.mechanism == mechanism;
             // Many defers give the figure back without the rounding of few.
-            let sites = profile.sites.iter().filter(of_it);
+            let sites = profile.sites.iter().filter(of_it).filter(by_table);
             let site = sites.max_by_key(|site| site.count())?;
-            let cost = site.cost_ns.filter(|_| site.count() > 0)?;
+            let cost = site.cost_ns?;
             Some(format!("{mechanism} {}", time(cost / site.count() as f64)))
         });
     let each: Vec<_> = each.collect();
-    if each.is_empty() || totals.ran == 0 {
-        return None;
-    }
     let elsewhere = match profile.target.arch.as_str() {
         "amd64" => "",
         _ => ", measured on amd64",
     };
-    Some(format!(
-        "Cost is an estimate: count × the cost of one defer ({}{elsewhere}).",
-        each.join(", ")
-    ))
+    let mut parts = Vec::new();
+    for (basis, from) in [
+        (CostBasis::Measured, "from the measured time of registering"),
+        (CostBasis::Pool, "from where the records came from"),
+    ] {
+        let sites = by(basis);
+        if sites > 0 {
+            parts.push(format!("for {} {from}", plural(sites, "site", "sites")));
+        }
+    }
+    if !each.is_empty() {
+        let others = if parts.is_empty() { "" } else { "for others " };
+        parts.push(format!(
+            "{others}count × the cost of one defer ({}{elsewhere})",
+            each.join(", ")
+        ));
+    }
+    if parts.is_empty() || totals.ran == 0 {
+        return None;
+    }
+    Some(format!("Cost is an estimate: {}.", parts.join(", ")))
 }
 
 /// What the reasons of the rows mean, each once, in order of appearance.

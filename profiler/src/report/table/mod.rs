@@ -21,6 +21,7 @@ pub struct Table {
     paint: Paint,
     sort: SortKey,
     limit: Option<usize>,
+    advice: bool,
 }
 
 impl Table {
@@ -31,6 +32,7 @@ impl Table {
             paint: Paint(options.color),
             sort: options.sort,
             limit: options.limit,
+            advice: options.advice,
         }
     }
 }
@@ -47,9 +49,15 @@ impl Report for Table {
             let grid: Grid = columns::grid(profile, &totals, shown);
             grid.write(out, self.width, self.paint)?;
         }
-        facts::footer(
-            profile, &totals, self.sort, shown, hidden, self.width, self.paint, out,
-        )?;
+        let footer = facts::Footer {
+            profile,
+            totals: &totals,
+            sort: self.sort,
+            shown,
+            hidden,
+            advice: self.advice,
+        };
+        footer.write(self.width, self.paint, out)?;
         Ok(Vec::new())
     }
 }
