@@ -242,14 +242,22 @@ fn load_for(
     pool: Option<pool::Sizes>,
 ) -> Result<Loaded, EngineError> {
     let addresses = links::addresses(kind, probes);
+    let multi = kind == LinkKind::UprobeMulti;
     let loaded = object::load(&Options {
         tgid,
         sites: if addresses > 0 { addresses } else { sites },
         stacks,
-        multi: kind == LinkKind::UprobeMulti,
+        multi,
         addresses,
         // Without cookies its probes cannot be told from those of sites.
         pool: pool.filter(|_| addresses == 0),
+    });
+    let loaded = loaded.map_err(|error| match error {
+        // The program for these links takes its cookie: what the verifier says of that is no help.
+        EngineError::Rejected { source, .. } if multi && !has_cookies() => {
+            links::no_uprobe_multi(&source)
+        }
+        error => error,
     })?;
     links::is_supported(kind, &loaded.program)?;
     Ok(loaded)
