@@ -1,6 +1,6 @@
 //! What the kernel offers.
 
-use std::path::Path;
+use std::{fs, io, path::Path};
 
 use serde::Serialize;
 
@@ -76,11 +76,24 @@ impl Kernel {
         }
         if self.uprobe_multi == Some(false) {
             problems.push(Problem::warning(
-                "Without uprobe_multi links (Linux 6.6) a hit costs a little more, and attaching \
-                 needs tracefs, or takes time for each probe.",
-                None,
+                "Without uprobe_multi links (Linux 6.6) a hit costs a little more, pool outcomes are \
+                 not measured, and attaching needs tracefs, or takes time for each probe.",
+                tracefs_is_missing().then(|| MOUNT_TRACEFS.to_owned()),
             ));
         }
         problems
     }
+}
+
+const MOUNT_TRACEFS: &str = "sudo mount -t tracefs nodev /sys/kernel/tracing";
+
+/// Whether tracefs is nowhere; not, whether it is another user's.
+fn tracefs_is_missing() -> bool {
+    let missing = |mount: &str| {
+        let file = fs::metadata(format!("{mount}/uprobe_events"));
+        file.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    };
+    ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
+        .into_iter()
+        .all(missing)
 }

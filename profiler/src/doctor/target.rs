@@ -7,6 +7,7 @@ use nix::unistd::Pid;
 use serde::Serialize;
 
 use super::{Link, Problem};
+use crate::engine::features;
 use crate::target::Process;
 
 /// How many sites there are of each mechanism.
@@ -28,7 +29,7 @@ pub struct Target {
     pub sites: u64,
     /// The same by mechanism.
     pub mechanisms: Mechanisms,
-    /// How many probes attaching to all of them takes.
+    /// How many probes attaching to all of them takes, and to the deferpool where that works.
     pub probes: u64,
     /// How many of the probes are on instructions that the kernel emulates.
     pub emulated: u64,
@@ -64,14 +65,22 @@ impl Target {
         }
         let emulated = inventory.sites.iter();
         let emulated = emulated.filter(|site| site.registration.kind.is_emulated());
+        // Those on the runtime's rare paths need cookies; all of them are emulated.
+        let best = links.iter().find(|link| link.works);
+        let pool = match binary.pool_probes() {
+            Ok(pool) if features::cookies() && best.is_some_and(|it| it.kind != "trace_event") => {
+                pool.probes.len() as u64
+            }
+            _ => 0,
+        };
         let target = Self {
             pid: pid.as_raw(),
             go_version: binary.go_version().to_owned(),
             arch: binary.architecture().to_string(),
             sites: inventory.sites.len() as u64,
             mechanisms,
-            probes: inventory.sites.len() as u64,
-            emulated: emulated.count() as u64,
+            probes: inventory.sites.len() as u64 + pool,
+            emulated: emulated.count() as u64 + pool,
             tracer: tracer(pid),
             stopped: process.is_stopped(),
             exe,
@@ -130,10 +139,15 @@ impl Target {
     }
 }
 
-/// The process that traces another (`TracerPid` in /proc/<pid>/status).
+/// The process that traces another. The kernel names the thread of it that does.
 fn tracer(pid: Pid) -> Option<i32> {
+    let thread = status(pid.as_raw(), "TracerPid:").filter(|thread| *thread != 0)?;
+    status(thread, "Tgid:").or(Some(thread))
+}
+
+/// A number of /proc/<pid>/status.
+fn status(pid: i32, field: &str) -> Option<i32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let mut lines = status.lines();
-    let tracer = lines.find_map(|line| line.strip_prefix("TracerPid:"))?;
-    tracer.trim().parse().ok().filter(|tracer| *tracer != 0)
+    let value = status.lines().find_map(|line| line.strip_prefix(field))?;
+    value.trim().parse().ok()
 }

@@ -128,7 +128,8 @@ impl Deferprof {
         Self::start(command)
     }
 
-    fn start(mut command: Command) -> Self {
+    /// Any command that becomes one.
+    pub fn start(mut command: Command) -> Self {
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

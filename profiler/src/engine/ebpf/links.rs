@@ -84,12 +84,24 @@ pub(super) fn is_supported(kind: LinkKind, program: &OwnedFd) -> Result<(), Engi
     };
     let action = format!("attach probes with {} links", kind.as_str());
     result.map_err(|error| {
-        if sys::is_permission(&error) {
+        if sys::is_permission(&error) && kind == LinkKind::TraceEvent {
+            // A matter of the file's owner, not of capabilities; perf events may still work.
+            EngineError::NotSupported {
+                action,
+                reason: format!("tracefs is another user's ({error}); run it as root (`sudo`)"),
+            }
+        } else if sys::is_permission(&error) {
             EngineError::not_permitted(action, super::object::NEEDED, error)
         } else {
             not_supported(action, since, &error)
         }
     })
+}
+
+/// That this kernel has none of the best links.
+pub(super) fn no_uprobe_multi(error: &io::Error) -> EngineError {
+    let kind = LinkKind::UprobeMulti.as_str();
+    not_supported(format!("attach probes with {kind} links"), "6.6", error)
 }
 
 /// The error of a kernel that is too old, or built without.

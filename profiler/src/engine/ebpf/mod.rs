@@ -207,9 +207,16 @@ fn too_many(probes: usize, reasons: Vec<EngineError>) -> EngineError {
 }
 
 fn load_for(kind: LinkKind, mut options: Options, probes: usize) -> Result<Loaded, EngineError> {
-    options.multi = kind == LinkKind::UprobeMulti;
+    let multi = kind == LinkKind::UprobeMulti;
+    options.multi = multi;
     options.addresses = links::addresses(kind, probes);
-    let loaded = object::load(&options)?;
+    let loaded = object::load(&options).map_err(|error| match error {
+        // The program for these links takes its cookie: what the verifier says of that is no help.
+        EngineError::Rejected { source, .. } if multi && !has_cookies() => {
+            links::no_uprobe_multi(&source)
+        }
+        error => error,
+    })?;
     links::is_supported(kind, &loaded.program)?;
     Ok(loaded)
 }

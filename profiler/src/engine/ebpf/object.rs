@@ -25,7 +25,8 @@ use super::{
 };
 use crate::engine::{
     EngineError, Request, Taxes,
-    error::Capability::{self, Bpf, Perfmon},
+    error::Capability::{self, Bpf, Perfmon, SysResource},
+    setting,
 };
 
 /// The object of this architecture, aligned as its parser wants it.
@@ -438,10 +439,21 @@ fn create_map(spec: &MapSpec<'_>) -> Result<Map, EngineError> {
                 action: "run eBPF programs".into(),
                 reason: "the kernel was built without CONFIG_BPF_SYSCALL".into(),
             },
+            _ if sys::is_permission(&error) && maps_are_locked_memory() => {
+                EngineError::not_permitted(action, &[Bpf, Perfmon, SysResource], error)
+            }
             _ if sys::is_permission(&error) => EngineError::not_permitted(action, NEEDED, error),
             _ => EngineError::system(action, error),
         }
     })
+}
+
+/// Whether this is before Linux 5.11, where RLIMIT_MEMLOCK applies to maps, often 64 KiB.
+fn maps_are_locked_memory() -> bool {
+    let release = setting("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut next = || numbers.next()?.parse::<u32>().ok();
+    matches!((next(), next()), (Some(5), Some(..=10)) | (Some(..=4), _))
 }
 
 fn raise_memlock() -> bool {

@@ -21,7 +21,11 @@ use std::{
 use nix::{libc, unistd::Pid};
 
 use super::{links, object, points::Placed, sys};
-use crate::engine::EngineError;
+use crate::engine::{
+    EngineError,
+    error::Capability::{self, Bpf, Perfmon, SysAdmin},
+    setting,
+};
 
 /// Where tracefs is mounted: by itself, or in debugfs.
 const MOUNTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
@@ -58,9 +62,7 @@ pub(super) fn attach(
         let action = format!("attach {} probes with a trace event", probes.len());
         match error.raw_os_error() {
             Some(libc::ESRCH) => EngineError::NoTarget { pid },
-            _ if sys::is_permission(&error) => {
-                EngineError::not_permitted(action, object::NEEDED, error)
-            }
+            _ if sys::is_permission(&error) => EngineError::not_permitted(action, needed(), error),
             _ => EngineError::system(action, error),
         }
     };
@@ -86,6 +88,16 @@ pub(super) fn attach(
         event: Some(event),
         definition,
     })
+}
+
+/// What it takes to open one: where kernel.perf_event_paranoid is 3 or more, the kernels of Debian and
+/// Ubuntu, which alone have such values, ask for CAP_SYS_ADMIN.
+fn needed() -> &'static [Capability] {
+    let paranoid = setting("/proc/sys/kernel/perf_event_paranoid");
+    match paranoid.and_then(|it| it.parse::<i32>().ok()) {
+        Some(3..) => &[Bpf, Perfmon, SysAdmin],
+        _ => object::NEEDED,
+    }
 }
 
 /// Whether trace events of uprobes can be made here.
