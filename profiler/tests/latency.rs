@@ -120,6 +120,7 @@ fn lost(profile: &Value) -> u64 {
 /// lower by what is unmatched. Exactly equal where `whole`.
 fn counts_add_up(what: &str, profile: &Value, whole: bool) {
     let mut missing = 0;
+    let mut where_missing = String::new();
     for site in profile["sites"].as_array().unwrap() {
         let latency = &site["latency_ns"];
         let registered = site["registered"].as_u64().unwrap();
@@ -146,12 +147,16 @@ fn counts_add_up(what: &str, profile: &Value, whole: bool) {
                 "{what}: {count} of {expected} {which}: {site}"
             );
             missing += expected - count;
+            if count < expected {
+                let id = &site["id"];
+                let _ = write!(where_missing, "\n  {id} {which}: {count} of {expected}");
+            }
             ordered(what, &latency[which]);
         }
     }
     assert!(
         missing <= lost(profile),
-        "{what}: {missing} times are missing, and {} said so",
+        "{what}: {missing} times are missing, and {} said so:{where_missing}",
         profile["loss"]
     );
 }

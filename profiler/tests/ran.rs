@@ -7,6 +7,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use deferprof::engine::LinkKind;
 use deferprof_fixtures::{
     Build, Fixture, Options, Ran, Running, RuntimeRan, RuntimeTruth, Toolchain, Truth,
 };
@@ -68,8 +69,23 @@ fn affordable(release: &str) -> bool {
     affordable
 }
 
+/// Whether this kind of link can be had here; says so where not.
+fn link_works(link: &str) -> bool {
+    let kind = match link {
+        "trace" => LinkKind::TraceEvent,
+        _ => LinkKind::UprobeMulti,
+    };
+    match deferprof::engine::ebpf::supports(kind) {
+        Ok(()) => true,
+        Err(error) => {
+            println!("skipped: {error}");
+            false
+        }
+    }
+}
+
 fn compare(release: &str, how: How, link: &str, only: &[&str]) {
-    if !measures_ran() || !affordable(release) {
+    if !measures_ran() || !affordable(release) || !link_works(link) {
         return;
     }
     let Some(toolchain) = or_skip(release, Toolchain::find(release)) else {
@@ -140,7 +156,7 @@ fn sum(profile: &Value, mechanisms: &[&str]) -> Ran {
 }
 
 fn counted(release: &str, link: &str, fixtures: &[&str]) {
-    if !measures_ran() || !affordable(release) {
+    if !measures_ran() || !affordable(release) || !link_works(link) {
         return;
     }
     let Some(toolchain) = or_skip(release, Toolchain::find(release)) else {
@@ -184,7 +200,6 @@ fn counted(release: &str, link: &str, fixtures: &[&str]) {
         );
         let panics = &profile["panics"];
         assert_eq!(panics["started"], truth.panics, "{what}");
-        // Of a deferred call that recovers and then panics again, the new panic takes the old one's place.
         assert_eq!(panics["recovered"], truth.resumed, "{what}");
         println!("{what}: {truth:?}");
     }
