@@ -9,7 +9,7 @@ use aya_ebpf::{
     maps::{HashMap, LruHashMap, PerCpuArray},
 };
 use deferprof_ebpf_common::{
-    latency::{self, CALL, Goroutine, InFlight, InFlightKey, RECORD, Time},
+    latency::{self, CALL, Goroutine, InFlight, InFlightKey, RECORD, Time, UNWOUND},
     run::RunTotal,
 };
 
@@ -78,8 +78,7 @@ fn goroutine<'a>(g: u64, now: u64) -> Option<&'a mut Goroutine> {
             tax: 0,
             registering: [0; 2],
             registering_site: 0,
-            unwound: 0,
-            unwound_depth: u64::MAX,
+            unwound: [[0; 2]; UNWOUND],
         };
         let _ = GOROUTINES.insert(&g, &new, 0);
     }
@@ -173,9 +172,14 @@ pub fn returned(hit: &Hit) {
         return;
     };
     // A panic since then may have ended the call that this is the start of.
-    if goroutine.unwound >= start.time && hit.depth >= goroutine.unwound_depth {
-        total(RunTotal::Unwound);
-        return;
+    let mut index = 0;
+    while index < UNWOUND {
+        let [time, depth] = goroutine.unwound[index];
+        if time >= start.time && hit.depth >= depth {
+            total(RunTotal::Unwound);
+            return;
+        }
+        index += 1;
     }
     measured(hit, Time::Call, start.site as u32, start.time, start.tax);
 }
@@ -184,11 +188,24 @@ pub fn returned(hit: &Hit) {
 /// will not return.
 #[inline(always)]
 pub fn unwind(hit: &Hit, depth: u64) {
-    if let Some(goroutine) = goroutine(hit.g(), hit.time) {
-        goroutine.unwound = hit.time;
-        if depth < goroutine.unwound_depth {
-            goroutine.unwound_depth = depth;
+    let Some(goroutine) = goroutine(hit.g(), hit.time) else {
+        return;
+    };
+    let places = &mut goroutine.unwound;
+    let mut index = 0;
+    let mut found = false;
+    while index < UNWOUND {
+        if found {
+            places[index][0] = 0;
+        } else if places[index][0] == 0 || depth <= places[index][1] {
+            places[index] = [hit.time, depth];
+            found = true;
         }
+        index += 1;
+    }
+    if !found {
+        // No room: rather too shallow than forgotten.
+        places[UNWOUND - 1][0] = hit.time;
     }
 }
 

@@ -53,14 +53,20 @@ pub fn total(which: RunTotal) {
 /// Exit code is about to make the deferred call of `site`.
 #[inline(always)]
 pub fn exit(hit: &Hit, site: u32) {
+    exit_at(hit, site, hit.depth);
+}
+
+/// The same where the function that makes it has its SP at `depth`.
+#[inline(always)]
+fn exit_at(hit: &Hit, site: u32, depth: u64) {
     ran(site, RunPath::Return as u64);
     if LATENCY.load() != 0 {
         let held = InFlightKey {
             owner: hit.g(),
-            depth: hit.depth,
+            depth,
             what: site.into(),
         };
-        latency::call(hit, site, &held, hit.depth);
+        latency::call(hit, site, &held, depth);
     }
 }
 
@@ -82,6 +88,8 @@ pub fn seen(hit: &Hit, number: u32) -> bool {
             record(hit, point)
         } else if event == RunEvent::Frame as u64 {
             frame(hit, point)
+        } else if event == RunEvent::Entered as u64 {
+            entered(hit, point)
         } else {
             taken(hit, point)
         };
@@ -299,6 +307,17 @@ fn cleared_bit(hit: &Hit, frame: &OpenFrame, varp: u64) -> Result<usize, i32> {
         index += 1;
     }
     Ok(MAX_BITS)
+}
+
+/// A function was entered that exit code calls, perhaps from there: the return address says it.
+#[inline(always)]
+fn entered(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
+    let bias = hit.instruction().wrapping_sub(point.address);
+    let returns_to = word(hit.sp().wrapping_add(point.site))?.wrapping_sub(bias);
+    if let Some(site) = site_of(returns_to) {
+        exit_at(hit, site, hit.depth.wrapping_sub(point.runners[0].frame));
+    }
+    Ok(())
 }
 
 /// A registering function has got its record: from now on the defer is held.

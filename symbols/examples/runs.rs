@@ -23,8 +23,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let starts = exits().filter_map(|exit| exit.start);
             starts.filter(|p| p.kind.is_emulated() == emulated).count()
         };
+        let entered = exits().filter(|exit| exit.entered.is_some()).count();
         println!(
-            "  {} exits: {} emulated, {} single-stepped",
+            "  {} exits: {} emulated, {} single-stepped, of these {entered} by entry",
             exits().count(),
             kinds(true),
             kinds(false)

@@ -17,13 +17,18 @@ impl Namer<'_, '_> {
     /// The function that a closure calls in the end: its own literal, or what the compiler's
     /// wrapper around a call with arguments calls.
     pub fn name(&self, closure: Closure, findings: &Findings) -> Option<String> {
+        self.function_at(self.code(closure, findings)?)
+    }
+
+    /// The code of a closure.
+    pub fn code(&self, closure: Closure, findings: &Findings) -> Option<VirtualAddress> {
         let code = match closure {
             Closure::Static(address) => self.image.word(address)?,
             Closure::Code(code) => code.0,
             Closure::Object(allocation) => *findings.object_code.get(&allocation)?,
             Closure::Unknown => return None,
         };
-        self.function_at(VirtualAddress(code))
+        Some(VirtualAddress(code))
     }
 
     /// The name of the function that starts at `code`, seen through a compiler-made wrapper.

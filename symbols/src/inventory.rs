@@ -133,9 +133,27 @@ pub struct Exit {
     /// Executes whenever the call is about to be made, and only then; `None` if nothing there can
     /// be probed.
     pub start: Option<ProbePoint>,
+    /// Executes whenever the function that is called here is entered, by whomever: with the return
+    /// address it tells this call from others, and costs less than `start` where that is
+    /// single-stepped. `None` if the code does not show which function it is, or it has no such
+    /// instruction.
+    pub entered: Option<Entered>,
+    /// Where the call returns to.
+    pub returns_to: VirtualAddress,
     /// Executes whenever the call has returned, perhaps also where it was not made, with SP as it
     /// was at the call.
     pub end: Option<ProbePoint>,
+}
+
+/// An instruction right behind a function's stack check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entered {
+    /// The instruction; the kernel emulates it.
+    pub point: ProbePoint,
+    /// From SP up to the return address, in bytes.
+    pub return_address: u64,
+    /// From SP up to the caller's SP at the call, in bytes.
+    pub caller_sp: u64,
 }
 
 impl Mechanism {

@@ -45,7 +45,9 @@ mod value;
 pub use address::{FileOffset, VirtualAddress};
 pub use binary::{Binary, Frame};
 pub use error::{Error, Result};
-pub use inventory::{Architecture, BinaryInfo, Exit, Inventory, Mechanism, Reason, Site, SiteId};
+pub use inventory::{
+    Architecture, BinaryInfo, Entered, Exit, Inventory, Mechanism, Reason, Site, SiteId,
+};
 pub use plan::{Basis, InstructionKind, Probe, ProbePoint};
 pub use runtime::{
     Caller, LocalPool, OpenFrame, Path, PoolEvent, PoolProbe, PoolProbes, PoolUnavailable,

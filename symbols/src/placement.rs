@@ -9,11 +9,14 @@
 //! starts), and before it only if it always returns. Passed over is what has no frame pointer of the
 //! function's own, without which the stack cannot be walked.
 
+use crate::bytes::Bytes;
 use crate::code::{Block, Code};
-use crate::decode::Flow;
+use crate::decode::{self, Faults, Flow, Instruction};
 use crate::elf::Image;
 use crate::flow::Findings;
-use crate::plan::{Basis, ProbePoint};
+use crate::module::Module;
+use crate::plan::{Basis, InstructionKind, ProbePoint};
+use crate::{Architecture, Entered, VirtualAddress};
 
 /// The probe point at instruction `index`, if the kernel can put one there.
 pub(crate) fn at(image: &Image<'_>, code: &Code, index: usize, basis: Basis) -> Option<ProbePoint> {
@@ -99,6 +102,60 @@ pub(crate) fn call(
     let index = std::iter::once(call).chain(before).find(emulated);
     at(image, code, index.unwrap_or(call), Basis::ExitCall)
 }
+
+/// The probe point at a function's entry: its first instruction behind the stack check, which a
+/// grown stack executes again, if the kernel emulates that.
+pub(crate) fn entered(
+    image: &Image<'_>,
+    module: &Module<'_>,
+    entry: VirtualAddress,
+) -> Option<Entered> {
+    /// Enough for a stack check and what may stand before the first emulated instruction.
+    const BYTES: u64 = 64;
+    let table = &module.table;
+    let func = table.find(image, entry).filter(|f| f.entry == entry)?;
+    let length = func.end.offset_from(entry)?.min(BYTES);
+    let bytes = Bytes(image.read(entry, length)?).0;
+    let instructions = decode::function(image.architecture, entry, bytes);
+    // A function without a stack check starts with its frame.
+    let check = instructions
+        .iter()
+        .take(STACK_CHECK)
+        .position(|i| matches!(i.flow, Flow::Branch(_)));
+    let first = match instructions.first()?.kind {
+        InstructionKind::Push => 0,
+        _ => check? + 1,
+    };
+    let straight = |i: &&Instruction| i.flow == Flow::Next && i.faults == Faults::Never;
+    let mut behind = instructions.get(first..)?.iter();
+    let found = loop {
+        let instruction = behind.next()?;
+        if instruction.probeable && instruction.kind.is_emulated() {
+            break instruction;
+        }
+        Some(instruction).filter(straight)?;
+    };
+    let mut depths = table.depth_steps(func);
+    let depth = depths.find(|step| found.address < step.end)?.value;
+    let depth = u64::try_from(depth).ok()?;
+    match image.architecture {
+        Architecture::Amd64 => Some(Entered {
+            point: ProbePoint {
+                address: found.address,
+                offset: image.offset_of(found.address)?,
+                kind: found.kind,
+                basis: Basis::Entered,
+            },
+            return_address: depth,
+            caller_sp: depth.checked_add(8)?,
+        }),
+        // The kernel emulates the call itself.
+        Architecture::Arm64 => None,
+    }
+}
+
+/// In how many instructions a stack check is done.
+const STACK_CHECK: usize = 4;
 
 /// The probe point behind a CALL: the first emulated instruction, if the way there is short and
 /// straight and SP does not move, otherwise the very next instruction.

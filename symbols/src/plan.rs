@@ -52,6 +52,8 @@ pub enum Basis {
     BeforeSlotStore,
     /// It is the exit code's call of the deferred function, or precedes it in its block.
     ExitCall,
+    /// It follows the stack check of the deferred function itself.
+    Entered,
     /// It follows the exit code's call of the deferred function.
     AfterExitCall,
     /// It is on a path of the runtime's own (see [`crate::PoolProbes`], [`crate::RunProbes`]).
@@ -97,6 +99,7 @@ impl Basis {
             Self::AfterSlotStore => "after the slot store in its block",
             Self::BeforeSlotStore => "before the slot store in its block",
             Self::ExitCall => "the exit's call of the deferred function",
+            Self::Entered => "at the entry of the deferred function",
             Self::AfterExitCall => "after the exit's call of the deferred function",
             Self::RuntimePath => "on a path of the runtime's own",
         }

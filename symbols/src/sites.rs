@@ -219,10 +219,14 @@ impl Search<'_, '_> {
     fn open_coded(&self, code: &Code, findings: &Findings, namer: &Namer<'_, '_>) -> Vec<Draft> {
         let mut exits: HashMap<u8, Vec<(Exit, Option<VirtualAddress>)>> = HashMap::new();
         for (store, bit) in &findings.exit_stores {
-            if let Some((call, address, target)) = exit_call(code, *store) {
+            if let Some((call, address, target)) = exit_call(code, *store)
+                && let Some(behind) = code.instructions.get(call + 1)
+            {
                 let exit = Exit {
                     call: address,
                     indirect: target.is_none(),
+                    returns_to: behind.address,
+                    entered: None,
                     start: placement::call(self.image, code, findings, call),
                     end: placement::after_call(self.image, code, findings, call),
                 };
@@ -234,6 +238,14 @@ impl Search<'_, '_> {
             .iter()
             .map(|(index, store)| {
                 let exits = exits.get(&store.bit).map(Vec::as_slice).unwrap_or_default();
+                // All exits call the same function: ask for its entry once, where it is of use.
+                let stepped = |exit: &Exit| exit.start.is_none_or(|p| !p.kind.is_emulated());
+                let entered = exits
+                    .iter()
+                    .any(|(exit, _)| stepped(exit))
+                    .then(|| namer.code(store.closure, findings))
+                    .flatten()
+                    .and_then(|entry| placement::entered(self.image, self.module, entry));
                 let direct = || exits.iter().find_map(|(_, target)| *target);
                 let callee = namer
                     .name(store.closure, findings)
@@ -243,7 +255,13 @@ impl Search<'_, '_> {
                     mechanism: Mechanism::OpenCoded,
                     bit: Some(store.bit),
                     callee,
-                    exits: exits.iter().map(|(exit, _)| *exit).collect(),
+                    exits: exits
+                        .iter()
+                        .map(|(exit, _)| Exit {
+                            entered: entered.filter(|_| stepped(exit)),
+                            ..*exit
+                        })
+                        .collect(),
                 }
             })
             .collect()

@@ -104,11 +104,13 @@ pub struct Goroutine {
     pub registering: [u64; 2],
     /// The site of that call and 1; 0 if there is none.
     pub registering_site: u64,
-    /// When a panic or Goexit last ran a deferred call.
-    pub unwound: u64,
-    /// The least depth of a frame that was run so.
-    pub unwound_depth: u64,
+    /// When panics or Goexit ran deferred calls, and the depth of the frames whose they were, by
+    /// depth. What is deeper than a later one is of no interest any more; time 0 is an empty place.
+    pub unwound: [[u64; 2]; UNWOUND],
 }
+
+/// How many places there are in [`Goroutine::unwound`].
+pub const UNWOUND: usize = 4;
 
 #[cfg(test)]
 mod tests {

@@ -20,7 +20,8 @@ pub struct RunPoint {
     /// For [`RunEvent::Record`]: 1 if the record is in the first argument register, 0 if at the head
     /// of the goroutine's list.
     pub in_argument: u64,
-    /// For [`RunEvent::Taken`]: offset from SP of the site's return address.
+    /// For [`RunEvent::Taken`] and [`RunEvent::Entered`]: offset from SP of the return address that
+    /// names the site.
     pub site: u64,
     /// For [`RunEvent::Taken`]: 1 if the record will not name its site when it is run.
     pub keeps: u64,
@@ -80,6 +81,8 @@ pub enum RunEvent {
     Panicked = 4,
     /// A panic was recovered.
     Recovered = 5,
+    /// A function was entered that exit code calls.
+    Entered = 6,
 }
 
 /// How control came to a deferred call.

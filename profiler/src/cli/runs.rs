@@ -1,6 +1,8 @@
 //! Deferred calls in a recording: what to ask the engine, and how its answers enter the profile.
 
-use deferprof_symbols::{Architecture, Binary, Mechanism, RunProbes, Site, VirtualAddress};
+use deferprof_symbols::{
+    Architecture, Binary, Entered, Mechanism, ProbePoint, RunProbes, Site, VirtualAddress,
+};
 
 use super::pool::takes_records;
 use crate::engine::{Counts, Distribution, ExitProbe, InstructionCost, RunRequest, Taxes};
@@ -10,6 +12,7 @@ use crate::profile::{Histogram, Latency, Panics, Ran};
 pub(super) struct RunPlan {
     probes: Option<RunProbes>,
     exits: Vec<ExitProbe>,
+    entries: Vec<Entered>,
     /// By site: whether there is an exit that cannot be probed.
     blind: Vec<bool>,
 }
@@ -20,6 +23,7 @@ impl RunPlan {
         Self {
             probes: None,
             exits: Vec::new(),
+            entries: Vec::new(),
             blind: Vec::new(),
         }
     }
@@ -33,20 +37,28 @@ impl RunPlan {
                 return (Self::none(), Some(why));
             }
         };
+        let probe = |point: ProbePoint| (point.offset, InstructionCost::of(&point));
         let exits = (0u32..).zip(sites).flat_map(|(index, site)| {
-            site.exits.iter().filter_map(move |exit| {
-                let point = exit.start?;
-                Some(ExitProbe {
-                    start: (point.offset, InstructionCost::of(&point)),
-                    end: exit.end.map(|end| (end.offset, InstructionCost::of(&end))),
-                    site: index,
-                })
+            site.exits.iter().map(move |exit| ExitProbe {
+                start: exit.start.filter(|_| exit.entered.is_none()).map(probe),
+                end: exit.end.map(probe),
+                site: index,
             })
         });
-        let blind = |site: &Site| site.exits.iter().any(|exit| exit.start.is_none());
+        let mut entries: Vec<Entered> = sites
+            .iter()
+            .flat_map(|site| site.exits.iter().filter_map(|exit| exit.entered))
+            .collect();
+        entries.sort_by_key(|entered| entered.point.address);
+        entries.dedup();
+        let blind = |site: &Site| {
+            let mut exits = site.exits.iter();
+            exits.any(|exit| exit.start.is_none() && exit.entered.is_none())
+        };
         let plan = Self {
             probes: Some(probes),
             exits: exits.collect(),
+            entries,
             blind: sites.iter().map(blind).collect(),
         };
         (plan, None)
@@ -57,6 +69,7 @@ impl RunPlan {
         Some(RunRequest {
             probes: Some(self.probes.as_ref()?),
             exits: &self.exits,
+            entries: &self.entries,
         })
     }
 
@@ -75,18 +88,23 @@ impl RunPlan {
     }
 }
 
-/// Where each site's call of the runtime returns to, as linked, and the site.
+/// Where each site's calls return to, as linked, and the site: those of the runtime that register,
+/// and exit code's calls of functions whose entry is probed.
 pub(super) fn returns(binary: &Binary<'_>, sites: &[Site]) -> Vec<(VirtualAddress, u32)> {
     let call = match binary.architecture() {
         Architecture::Amd64 => 5,
         Architecture::Arm64 => 4,
     };
-    let calls = (0u32..)
-        .zip(sites)
-        .filter(|(_, site)| site.mechanism != Mechanism::OpenCoded);
-    calls
-        .filter_map(|(index, site)| Some((VirtualAddress(site.pc.0.checked_add(call)?), index)))
-        .collect()
+    let mut returns = Vec::new();
+    for (index, site) in (0u32..).zip(sites) {
+        if site.mechanism != Mechanism::OpenCoded {
+            let behind = site.pc.0.checked_add(call);
+            returns.extend(behind.map(|behind| (VirtualAddress(behind), index)));
+        }
+        let entered = site.exits.iter().filter(|exit| exit.entered.is_some());
+        returns.extend(entered.map(|exit| (exit.returns_to, index)));
+    }
+    returns
 }
 
 /// The panics of the whole process.
@@ -102,8 +120,9 @@ pub(super) fn panics(counts: &Counts) -> Option<Panics> {
 pub(super) fn latency(counts: &Counts, index: usize, site: &Site, taxes: Taxes) -> Option<Latency> {
     let times = counts.latency.as_ref()?.sites.get(index)?;
     use InstructionCost::{Emulated, SingleStepped};
-    let exits = site.exits.iter().filter_map(|exit| exit.start);
-    let exits_step = exits.into_iter().any(|point| !point.kind.is_emulated());
+    let stepped = |point: ProbePoint| !point.kind.is_emulated();
+    let mut exits = site.exits.iter().filter(|exit| exit.entered.is_none());
+    let exits_step = exits.any(|exit| exit.start.is_some_and(stepped));
     let called = if exits_step { SingleStepped } else { Emulated };
     // A record is held from within the runtime.
     let held = match takes_records(site) {

@@ -117,10 +117,10 @@ pub fn calibrate_latency(
         let offset = probed.offset().map_err(own)?;
         probes.push(Probe { offset, site });
         exits.push(ExitProbe {
-            start: (
+            start: Some((
                 probed.offset_behind().map_err(own)?,
                 InstructionCost::Emulated,
-            ),
+            )),
             end: Some((offset, cost)),
             site,
         });
@@ -137,6 +137,7 @@ pub fn calibrate_latency(
             runs: Some(RunRequest {
                 probes: None,
                 exits: &exits,
+                entries: &[],
             }),
             latency: Some(LatencyRequest {
                 takes_record: &[],

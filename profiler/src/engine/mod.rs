@@ -59,7 +59,8 @@ pub struct Request<'a> {
 /// What an engine may be asked beside how often sites register. Each question costs the target more.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct More<'a> {
-    /// Where each site's call of the runtime returns to, as linked, and the site: for records.
+    /// Where each site's calls return to, as linked, and the site: those of the runtime that
+    /// register, and those of functions whose entry is probed.
     pub returns: &'a [(VirtualAddress, u32)],
     /// The runtime's rare paths, to tell where records came from.
     pub pool: Option<&'a PoolProbes>,

@@ -1,22 +1,25 @@
 //! When deferred calls are made, as a question to an engine and its answer.
 
-use deferprof_symbols::{FileOffset, RunProbes};
+use deferprof_symbols::{Entered, FileOffset, RunProbes};
 
 /// What an engine needs to tell when deferred calls are made. It finds the sites of records by
-/// [`Request::returns`](super::Request::returns).
+/// [`More::returns`](super::More::returns).
 #[derive(Clone, Copy, Debug)]
 pub struct RunRequest<'a> {
     /// The runtime's loops; `None` to see only what exit code itself calls.
     pub probes: Option<&'a RunProbes>,
     /// The exit code's own calls.
     pub exits: &'a [ExitProbe],
+    /// The functions that exit code calls. [`More::returns`](super::More::returns) has the return
+    /// addresses of these calls.
+    pub entries: &'a [Entered],
 }
 
 /// A call that exit code makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitProbe {
-    /// Executed when the call is about to be made.
-    pub start: (FileOffset, InstructionCost),
+    /// Executed when the call is about to be made; `None` if its function's entry is probed.
+    pub start: Option<(FileOffset, InstructionCost)>,
     /// Executed when it has returned; for times only.
     pub end: Option<(FileOffset, InstructionCost)>,
     /// The site.

@@ -74,8 +74,10 @@ pub(super) struct Options {
     pool: u32,
     /// Whether deferred calls are counted.
     ran: bool,
-    /// How many probes are in the runtime's loops, and how many functions have open-coded defers.
-    runs: Option<(u32, u32)>,
+    /// How many probes are in the runtime's loops and at the entries of deferred functions.
+    run_points: u32,
+    /// How many functions have open-coded defers.
+    frames: u32,
     /// Whether records of range-over-func bodies must be remembered.
     records: bool,
     /// What hits cost, if times are measured.
@@ -95,7 +97,11 @@ impl Options {
             returns: size(more.returns.len()),
             pool: size(more.pool.map_or(0, |pool| pool.probes.len())),
             ran: more.runs.is_some(),
-            runs: runs.map(|runs| (size(runs.probes.len()), size(runs.frames.len()))),
+            run_points: size(
+                more.runs.map_or(0, |more| more.entries.len())
+                    + runs.map_or(0, |runs| runs.probes.len()),
+            ),
+            frames: size(runs.map_or(0, |runs| runs.frames.len())),
             records: runs.is_some_and(|runs| runs.probes.iter().any(|probe| probe.keeps)),
             taxes: more.latency.map(|latency| latency.taxes),
             ..Self::default()
@@ -142,7 +148,7 @@ impl Loaded {
         if let Some(probes) = request.more.pool {
             pool::fill(&self.maps, probes)?;
         }
-        match request.more.runs.and_then(|runs| runs.probes) {
+        match &request.more.runs {
             Some(runs) => run::fill(&self.maps, runs),
             None => Ok(()),
         }
@@ -346,7 +352,6 @@ fn create_maps(
     let stacks = options.stacks.unwrap_or(1);
     let if_asked = |asked: bool, size: u32| if asked { size.max(1) } else { 1 };
     let by_site = |asked: bool, each: u32| if_asked(asked, sites.saturating_mul(each));
-    let (runs, frames) = options.runs.unwrap_or_default();
     let ran = options.ran;
     let latency = options.taxes.is_some();
     let sizes = [
@@ -370,9 +375,9 @@ fn create_maps(
             Some(by_site(options.pool > 0, PoolOutcome::COUNT)),
         ),
         (name::POOL_TOTALS, None),
-        (name::RUN_POINTS, Some(runs.max(1))),
+        (name::RUN_POINTS, Some(options.run_points.max(1))),
         (name::RUN_LAYOUT, None),
-        (name::OPEN_FRAMES, Some(frames.max(1))),
+        (name::OPEN_FRAMES, Some(options.frames.max(1))),
         (name::RECORDS, Some(if_asked(options.records, run::RECORDS))),
         (name::RAN, Some(by_site(ran, RunPath::COUNT))),
         (name::RUN_TOTALS, None),

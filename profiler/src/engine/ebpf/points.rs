@@ -57,8 +57,9 @@ impl Points {
         }
         if let Some(runs) = request.more.runs {
             for exit in runs.exits {
-                let (start, cost) = exit.start;
-                collected.add(start, cost, Order::CallStarts, Role::Exit, exit.site);
+                if let Some((start, cost)) = exit.start {
+                    collected.add(start, cost, Order::CallStarts, Role::Exit, exit.site);
+                }
                 if let (Some((end, cost)), Some(_)) = (exit.end, latency) {
                     collected.add(end, cost, Order::CallReturned, Role::ExitReturned, 0);
                 }
@@ -73,6 +74,10 @@ impl Points {
                     _ => Order::CallStarts,
                 };
                 collected.point(&probe.point, order, Role::Run, number);
+            }
+            let first = u32::try_from(of_runtime.len()).unwrap_or(u32::MAX);
+            for (number, entry) in (first..).zip(runs.entries) {
+                collected.point(&entry.point, Order::CallStarts, Role::Run, number);
             }
         }
         collected.place()

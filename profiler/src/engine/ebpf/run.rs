@@ -10,27 +10,35 @@ use deferprof_ebpf_common::{
         Runner as Loop,
     },
 };
-use deferprof_symbols::{Caller, Path, RecordAt, RunEvent, RunLayout, RunProbe, RunProbes};
+use deferprof_symbols::{Caller, Entered, Path, RecordAt, RunEvent, RunLayout, RunProbe};
 
 use super::{
     counters::per_cpu_array,
     object::{map, take},
     sys::Map,
 };
-use crate::engine::{EngineError, Ran, RunCounts};
+use crate::engine::{EngineError, Ran, RunCounts, RunRequest};
 
 /// How many records of range-over-func bodies may be pending at once: 5 MB in the kernel.
 pub(super) const RECORDS: u32 = 64 * 1024;
 
 /// Tells the program what its probes stand on.
-pub(super) fn fill(maps: &HashMap<&'static str, Map>, runs: &RunProbes) -> Result<(), EngineError> {
+pub(super) fn fill(
+    maps: &HashMap<&'static str, Map>,
+    request: &RunRequest<'_>,
+) -> Result<(), EngineError> {
     let points = map(maps, name::RUN_POINTS)?;
     let layouts = map(maps, name::RUN_LAYOUT)?;
     let frames = map(maps, name::OPEN_FRAMES)?;
     let fill = || -> io::Result<()> {
-        for (number, probe) in (0u32..).zip(&runs.probes) {
-            points.update(&number.to_ne_bytes(), point_bytes(&point(probe)))?;
+        let of_runtime = request.probes.map_or(&[][..], |runs| &runs.probes);
+        let entries = request.entries.iter().map(entry);
+        for (number, point) in (0u32..).zip(of_runtime.iter().map(point).chain(entries)) {
+            points.update(&number.to_ne_bytes(), point_bytes(&point))?;
         }
+        let Some(runs) = request.probes else {
+            return Ok(());
+        };
         layouts.update(&0u32.to_ne_bytes(), layout_bytes(&layout(runs.layout)))?;
         for frame in &runs.frames {
             let value = frame_bytes(frame.bits, frame.depth, frame.slots, frame.sites);
@@ -39,6 +47,19 @@ pub(super) fn fill(maps: &HashMap<&'static str, Map>, runs: &RunProbes) -> Resul
         Ok(())
     };
     fill().map_err(|error| EngineError::system("tell the eBPF program about the runtime", error))
+}
+
+fn entry(entered: &Entered) -> RunPoint {
+    let mut runners = [Loop::default(); MAX_RUNNERS];
+    runners[0].frame = entered.caller_sp;
+    RunPoint {
+        address: entered.point.address.0,
+        event: Seen::Entered as u64,
+        site: entered.return_address,
+        closure: RunPoint::NO_CLOSURE,
+        runners,
+        ..RunPoint::default()
+    }
 }
 
 fn point(probe: &RunProbe) -> RunPoint {
