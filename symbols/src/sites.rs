@@ -158,9 +158,17 @@ impl Search<'_, '_> {
         let mut drafts = registering_calls(&code, &findings, &namer);
         if let Some(open) = &open {
             let found = open_coded(&code, &findings, &namer);
-            if found.len() != open.slots.len() {
+            // A statement that the compiler removed as unreachable has its slot declared still; but
+            // nothing sets its bit.
+            let set =
+                |bit: &u8| 1u8.checked_shl((*bit).into()).unwrap_or(0) & findings.bits_set != 0;
+            let has_store = |bit: &u8| found.iter().any(|site| site.bit == Some(*bit));
+            let live = (0..u8::try_from(open.slots.len()).unwrap_or(u8::MAX))
+                .filter(|bit| set(bit) || has_store(bit))
+                .count();
+            if found.len() != live {
                 warnings.push(format!(
-                    "{name} declares {} open-coded defers, and {} were found",
+                    "{name} declares {} open-coded defers, of which {live} can execute, and {} were found",
                     open.slots.len(),
                     found.len()
                 ));
