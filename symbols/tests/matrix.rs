@@ -267,8 +267,8 @@ fn run(arch: Arch) {
     let full = std::env::var("DEFERPROF_MATRIX").is_ok_and(|v| v == "full");
     let toolchains = Toolchain::all();
     let (mut ran, mut skipped) = (0, 0);
-    for (row, shape) in shapes().iter().enumerate() {
-        for (column, toolchain) in toolchains.iter().enumerate() {
+    for (column, toolchain) in toolchains.iter().enumerate().rev() {
+        for (row, shape) in shapes().iter().enumerate() {
             let cell = format!("{} go{} {arch}", shape.name, toolchain.release);
             let newest = column + 1 == toolchains.len() && arch == Arch::Amd64;
             // Builds without optimizations or with -race compile the standard library anew.
