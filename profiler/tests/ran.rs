@@ -9,17 +9,10 @@ use std::path::Path;
 
 use deferprof::engine::LinkKind;
 use deferprof_fixtures::{
-    Build, Fixture, Options, Ran, Running, RuntimeRan, RuntimeTruth, Toolchain, Truth,
+    Build, Fixture, Options, Ran, RuntimeRan, RuntimeTruth, Toolchain, Truth,
 };
 use serde_json::Value;
-use support::{Deferprof, as_the_runtime_names_it, deferprof, full, measures_ran, or_skip};
-
-/// How a recording is made.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum How {
-    Run,
-    Attach,
-}
+use support::{Deferprof, How, as_the_runtime_names_it, deferprof, full, measures_ran, or_skip};
 
 /// Registered, ran by path, and pending.
 type Place = (u64, Ran, Option<u64>);
@@ -105,24 +98,7 @@ fn compare(release: &str, how: How, link: &str, only: &[&str]) {
             _ => Options::default(),
         };
         let arguments = ["--format=json".to_owned(), format!("--link={link}")];
-        let (profile, truth) = match how {
-            How::Run => {
-                let mut deferprof = Deferprof::run(&arguments, &binary, &options.arguments());
-                let (output, profile) = deferprof.output_and_profile();
-                (profile, serde_json::from_str(&output).unwrap())
-            }
-            How::Attach => {
-                let mut running = Running::start(&binary, &options.wait().hold()).unwrap();
-                let mut deferprof = Deferprof::attach(&arguments, running.pid());
-                deferprof.wait_until_attached();
-                running.go().unwrap();
-                let truth = running.truth().unwrap();
-                deferprof.interrupt();
-                let (_, profile) = deferprof.output_and_profile();
-                running.finish().unwrap();
-                (profile, truth)
-            }
-        };
+        let (profile, truth) = how.record(&arguments, &binary, &options);
         let expected = expected(&truth, how);
         let mut found = found(&profile, how);
         // Sites that the truth does not name may be there (other instantiations) but never ran.

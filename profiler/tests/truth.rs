@@ -6,15 +6,8 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use deferprof_fixtures::{Build, Fixture, Options, Running, Toolchain, Truth};
-use support::{Deferprof, as_the_runtime_names_it, or_skip, uprobes_work};
-
-/// How a recording is made.
-#[derive(Clone, Copy, Debug)]
-enum How {
-    Run,
-    Attach,
-}
+use deferprof_fixtures::{Build, Fixture, Options, Toolchain, Truth};
+use support::{How, as_the_runtime_names_it, or_skip, uprobes_work};
 
 /// Registered counts by function and line, of functions of package main.
 fn counts(profile: &serde_json::Value) -> BTreeMap<(String, u64), u64> {
@@ -69,27 +62,11 @@ fn compare(release: &str, how: How, link: &str) {
         }
         let mut arguments = vec!["--format=json".to_owned(), format!("--link={link}")];
         if link == "perf" {
-            // Each probe is a link of its own there: the fixture's will do.
-            arguments.push(r"--include=^main\.".to_owned());
+            // Each probe is a link of its own there: the fixture's registrations will do.
+            let few = [r"--include=^main\.", "--no-ran", "--no-pool"];
+            arguments.extend(few.map(str::to_owned));
         }
-        let (profile, truth) = match how {
-            How::Run => {
-                let mut deferprof = Deferprof::run(&arguments, &binary, &options.arguments());
-                let (output, profile) = deferprof.output_and_profile();
-                (profile, serde_json::from_str(&output).unwrap())
-            }
-            How::Attach => {
-                let mut running = Running::start(&binary, &options.wait().hold()).unwrap();
-                let mut deferprof = Deferprof::attach(&arguments, running.pid());
-                deferprof.wait_until_attached();
-                running.go().unwrap();
-                let truth = running.truth().unwrap();
-                deferprof.interrupt();
-                let (_, profile) = deferprof.output_and_profile();
-                running.finish().unwrap();
-                (profile, truth)
-            }
-        };
+        let (profile, truth) = how.record(&arguments, &binary, &options);
         let (found, expected) = (counts(&profile), expected(&truth));
         // Sites that the truth does not name may be there (other instantiations) but never ran.
         let ran: BTreeMap<_, _> = found

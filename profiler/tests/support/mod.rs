@@ -9,8 +9,46 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
+use deferprof_fixtures::{Options, Running, Truth};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+/// How a recording is made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum How {
+    Run,
+    Attach,
+}
+
+impl How {
+    /// Records a fixture from its first deferred call to its last: the profile, and the truth.
+    pub fn record(
+        self,
+        arguments: &[String],
+        binary: &Path,
+        options: &Options,
+    ) -> (serde_json::Value, Truth) {
+        match self {
+            Self::Run => {
+                let mut deferprof = Deferprof::run(arguments, binary, &options.arguments());
+                let (output, profile) = deferprof.output_and_profile();
+                (profile, serde_json::from_str(&output).unwrap())
+            }
+            Self::Attach => {
+                let options = options.clone().wait().hold();
+                let mut running = Running::start(binary, &options).unwrap();
+                let mut deferprof = Deferprof::attach(arguments, running.pid());
+                deferprof.wait_until_attached();
+                running.go().unwrap();
+                let truth = running.truth().unwrap();
+                deferprof.interrupt();
+                let (_, profile) = deferprof.output_and_profile();
+                running.finish().unwrap();
+                (profile, truth)
+            }
+        }
+    }
+}
 
 /// A hang is a failure, not a wait.
 const PATIENCE: Duration = Duration::from_secs(120);
