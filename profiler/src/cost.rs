@@ -161,10 +161,15 @@ impl Costs {
 }
 
 /// The mean of what was measured, unless most of it was too short to tell from the probes' own cost:
-/// then the table knows better.
+/// then the table knows better. A mean above the 90th percentile is made by few times in which the
+/// thread had lost its processor: waiting, not cost. Then the median stands for all.
 fn told_apart(histogram: Histogram) -> Option<f64> {
     let above = histogram.count.checked_sub(histogram.below_floor)?;
-    (above > histogram.below_floor).then_some(histogram.mean)
+    let typical = match histogram.mean > histogram.p90 as f64 {
+        true => histogram.p50 as f64,
+        false => histogram.mean,
+    };
+    (above > histogram.below_floor).then_some(typical)
 }
 
 /// To tenths of a ns: more digits would be noise in a saved file.
@@ -285,6 +290,18 @@ mod tests {
         let measured = (40_000.0, Some(39_500.0), CostBasis::Measured);
         assert_eq!(heap(Some(POOL), Some(histogram(0))), measured);
         assert_eq!(heap(None, Some(histogram(449))), measured);
+    }
+
+    #[test]
+    fn a_mean_that_waiting_made_is_no_evidence() {
+        let waited = Histogram {
+            max: 4_000_000,
+            mean: 5_000.0,
+            ..histogram(0)
+        };
+        let estimate = estimate(Mechanism::Heap, None, Some(waited)).unwrap();
+        // 1000 × (30 + 8), by the median.
+        assert_eq!((estimate.0, estimate.2), (38_000.0, CostBasis::Measured));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::module::Module;
 use crate::release::{KNOWN, Layout, Release};
 use crate::sites::Search;
 use crate::{
-    Architecture, BinaryInfo, FileOffset, Inventory, Mechanism, PoolProbes, PoolUnavailable,
+    Architecture, BinaryInfo, Error, FileOffset, Inventory, Mechanism, PoolProbes, PoolUnavailable,
     Result, RunProbes, RunsUnavailable, Site, VirtualAddress, pclntab, reason, runtime,
 };
 
@@ -39,18 +39,25 @@ impl<'data> Binary<'data> {
     /// Reads headers, build info and tables.
     ///
     /// # Errors
-    /// [`Error`](crate::Error) says what is wrong with the file: not ELF, not Go, damaged, of an
+    /// [`Error`] says what is wrong with the file: not ELF, not Go, damaged, of an
     /// unknown release or architecture.
     pub fn parse(bytes: &'data [u8]) -> Result<Self> {
         let image = Image::parse(bytes)?;
-        let location = pclntab::locate(&image).ok_or_else(|| pclntab::missing(bytes))?;
-        let build = BuildInfo::find(&image)
-            .ok_or_else(|| damaged("build info", "it is missing, so the Go release is unknown"))?;
+        let build = BuildInfo::find(&image);
+        let location = pclntab::locate(&image)
+            .ok_or_else(|| pclntab::missing(&image, bytes, build.is_some()))?;
+        let build = build.ok_or_else(|| {
+            let problem =
+                "it is missing, so the Go release is unknown: Go 1.12 and older wrote none";
+            damaged("build info", problem)
+        })?;
         let release = Release::parse(&build.version).ok_or_else(|| {
-            damaged(
-                "build info",
-                format!("it names no Go release: {:?}", build.version),
-            )
+            // What garble writes there.
+            if build.version.trim_end() == "unknown" {
+                return Error::Obfuscated("its build info names no Go release");
+            }
+            let problem = format!("it names no Go release: {:?}", build.version);
+            damaged("build info", problem)
         })?;
         let layout = Layout::of(release, &build.version)?;
         let module = Module::find(&image, location, layout)?;
@@ -65,7 +72,8 @@ impl<'data> Binary<'data> {
     /// Lists every defer site. Decodes only functions that contain defers.
     ///
     /// # Errors
-    /// None at present: what could not be followed is in [`Inventory::warnings`].
+    /// [`Error::NewRelease`] if the binary is of a release that is newer than the tables and not as
+    /// they say. What could not be followed is in [`Inventory::warnings`].
     pub fn inventory(&self) -> Result<Inventory> {
         let optimizations_off = reason::optimizations_off(&self.build);
         let search = Search {
@@ -76,13 +84,21 @@ impl<'data> Binary<'data> {
         };
         let (sites, mut warnings) = search.run();
         if self.release.is_newer_than_known() {
-            warnings.insert(
-                0,
-                format!(
-                    "{} is newer than this deferprof knows ({KNOWN})",
-                    self.build.version
-                ),
-            );
+            let version = self.build.version.clone();
+            // Of a release that is known a warning is about one function; here it may be the layout.
+            if let Some(problem) = search
+                .difference(&sites)
+                .or_else(|| warnings.first().cloned())
+            {
+                return Err(Error::NewRelease {
+                    version,
+                    known: KNOWN,
+                    problem,
+                });
+            }
+            warnings.push(format!(
+                "{version} is newer than this deferprof knows ({KNOWN}), but looks the same"
+            ));
         }
         let unoptimized = optimizations_off
             && !sites

@@ -67,7 +67,9 @@ impl BuildInfo {
         let inner = settings
             .get(16..settings.len().saturating_sub(16))
             .unwrap_or_default();
-        let plausible = version.starts_with("go") || version.starts_with("devel");
+        let plausible = ["go", "devel", "unknown"]
+            .iter()
+            .any(|start| version.starts_with(start));
         plausible.then(|| Self {
             version,
             settings: String::from_utf8_lossy(inner).into_owned(),

@@ -50,6 +50,12 @@ impl Callees {
         }
     }
 
+    /// The entry of the function with this meaning, if there is one.
+    pub fn entry_of(&self, callee: Callee) -> Option<u64> {
+        let mut known = self.known.iter();
+        known.find_map(|(entry, known)| (*known == callee).then_some(*entry))
+    }
+
     pub fn resolve(&self, target: VirtualAddress) -> Callee {
         if let Some(callee) = self.known.get(&target.0) {
             return *callee;

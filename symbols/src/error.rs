@@ -27,6 +27,9 @@ pub enum Error {
     /// UPX or the like.
     #[error("it is packed with {0}: unpack it first (`{1}`)")]
     Packed(&'static str, &'static str),
+    /// garble or the like.
+    #[error("it is an obfuscated Go binary: {0}, so its defers cannot be found")]
+    Obfuscated(&'static str),
     /// A structure of the Go runtime is damaged or cut off.
     #[error("its {structure} is damaged: {problem}")]
     Damaged {
@@ -42,6 +45,19 @@ pub enum Error {
         version: String,
         /// The range that is known.
         known: &'static str,
+    },
+    /// A release newer than the tables, which is not as they say.
+    #[error(
+        "it was built by {version}, which is newer than this deferprof knows ({known}), and \
+         differs: {problem}"
+    )]
+    NewRelease {
+        /// The release as the binary names it.
+        version: String,
+        /// The range that is known.
+        known: &'static str,
+        /// What differs.
+        problem: String,
     },
 }
 

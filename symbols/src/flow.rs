@@ -25,6 +25,9 @@ pub(crate) struct Findings {
     pub slot_stores: BTreeMap<usize, SlotStore>,
     /// Every store that clears a bit at an exit, with the bit, in address order.
     pub exit_stores: BTreeMap<usize, u8>,
+    /// The bits that some store may set in `deferBits`. The statement of another one was removed as
+    /// unreachable, when the bits had been handed out.
+    pub bits_set: u8,
     /// The closure that each registering call is given.
     pub closures: HashMap<usize, Closure>,
     /// The code pointer stored first into each new object, by the address of its `newobject` call.
@@ -91,7 +94,11 @@ impl<'a> Analysis<'a> {
             findings: Findings::default(),
         };
         analysis.look_at_cells(objects);
-        analysis.first_bits_store = analysis.find_first_bits_store().unwrap_or(usize::MAX);
+        match analysis.find_first_bits_store() {
+            Some(index) => analysis.first_bits_store = index,
+            // All may be set where their place was not found.
+            None => analysis.findings.bits_set = u8::MAX,
+        }
         analysis.findings.diverts = vec![true; code.instructions.len()];
         analysis.findings.settled = analysis.settle();
         analysis.findings
@@ -393,6 +400,7 @@ impl<'a> Analysis<'a> {
             state.active = Bits::NONE;
             return;
         }
+        self.findings.bits_set |= new.may;
         let cleared = state.active.may & !new.may;
         if cleared == 0 {
             return;

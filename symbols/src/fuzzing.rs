@@ -23,29 +23,133 @@ pub fn scan(bytes: &[u8]) {
     }
 }
 
-/// Edits an executable in its structures: each six bytes of `edits` say where and what.
-pub fn edit(bytes: &mut [u8], edits: &[u8]) {
-    let ranges = structures(bytes);
-    for edit in edits.chunks_exact(6).take(64) {
-        let [which, a, b, c, value, width] = edit else {
-            continue;
-        };
-        let Some((start, end)) = ranges.get(usize::from(*which) % ranges.len().max(1)) else {
-            return;
-        };
-        let offset = usize::from(*a) | usize::from(*b) << 8 | usize::from(*c) << 16;
-        let at = start + offset % (end - start).max(1);
-        // One byte, or a word of extreme values.
-        let filler: &[u8] = match width % 4 {
-            0 => &[*value],
-            1 => &[*value, 0, 0, 0],
-            2 => &[0xff, 0xff, 0xff, 0x7f],
-            _ => &[*value; 8],
-        };
-        for (place, byte) in bytes.iter_mut().skip(at).zip(filler) {
-            *place = *byte;
+/// An executable to be damaged, with the ranges of the file that a scan reads.
+#[derive(Debug)]
+pub struct Seed {
+    bytes: Vec<u8>,
+    ranges: Vec<(usize, usize)>,
+}
+
+impl Seed {
+    /// Looks up the structures once for all edits.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self {
+            ranges: structures(&bytes),
+            bytes,
         }
     }
+
+    /// The undamaged executable.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Makes `copy` the executable with edits in its structures: each six bytes of `edits` say
+    /// where and what.
+    pub fn edited(&self, copy: &mut Vec<u8>, edits: &[u8]) {
+        copy.clone_from(&self.bytes);
+        for edit in edits.chunks_exact(6).take(64) {
+            let [which, a, b, c, value, width] = edit else {
+                continue;
+            };
+            let place = usize::from(*which) % self.ranges.len().max(1);
+            let Some((start, end)) = self.ranges.get(place) else {
+                return;
+            };
+            let offset = usize::from(*a) | usize::from(*b) << 8 | usize::from(*c) << 16;
+            let at = start + offset % (end - start).max(1);
+            // One byte, or a word of extreme values.
+            let filler: &[u8] = match width % 4 {
+                0 => &[*value],
+                1 => &[*value, 0, 0, 0],
+                2 => &[0xff, 0xff, 0xff, 0x7f],
+                _ => &[*value; 8],
+            };
+            for (place, byte) in copy.iter_mut().skip(at).zip(filler) {
+                *place = *byte;
+            }
+        }
+    }
+}
+
+/// The executable with a functab of only `most` functions with defers and those of the runtime that
+/// a scan looks for, so that a fuzzer gets through more of them. `None` where entries are relocated
+/// words (a PIE up to 1.17) or the file is no Go executable.
+pub fn cut(bytes: &[u8], most: usize) -> Option<Vec<u8>> {
+    let binary = Binary::parse(bytes).ok()?;
+    let (image, module) = binary.parts();
+    let table = &module.table;
+    let layout = table.layout();
+    let half = layout.func.entry_size;
+    if half == 8 && image.pie {
+        return None;
+    }
+    let funcs: Vec<_> = (0..table.count)
+        .map(|index| table.func(image, index))
+        .collect::<Option<_>>()?;
+    let has_defers = |func| table.deferreturn(func).is_some_and(|o| o != 0);
+    let wanted = |name: &[u8]| {
+        let parts: [&[u8]; 8] = [
+            b"defer",
+            b"Defer",
+            b"panic",
+            b"lock2",
+            b"newobject",
+            b"mallocgc",
+            b"Goexit",
+            b"duff",
+        ];
+        parts
+            .iter()
+            .any(|part| memchr::memmem::find(name, part).is_some())
+    };
+    let with_defers: Vec<_> = funcs.iter().filter(|f| has_defers(**f)).collect();
+    let every = with_defers.len().div_ceil(most.max(1)).max(1);
+    let kept: Vec<u64> = with_defers.iter().step_by(every).map(|f| f.index).collect();
+    let keeps = |func: &crate::pclntab::Func| {
+        kept.contains(&func.index)
+            || !has_defers(*func) && table.runtime_name(*func).is_some_and(wanted)
+    };
+    let start = usize::try_from(
+        image
+            .offset_of(table.address.checked_add(table.functab)?)?
+            .0,
+    )
+    .ok()?;
+    let half = usize::try_from(half).ok()?;
+    let word = |index: usize| bytes.get(start + index * half..start + (index + 1) * half);
+    let filler = funcs.iter().position(|f| !has_defers(*f))?;
+    let (mut functab, mut count, mut gap) = (Vec::new(), 0u64, false);
+    for (index, func) in funcs.iter().enumerate() {
+        let kept = keeps(func);
+        if !kept && gap {
+            continue;
+        }
+        // What is left out becomes one function without defers.
+        gap = !kept;
+        functab.extend(word(2 * index)?);
+        functab.extend(word(2 * if kept { index } else { filler } + 1)?);
+        count += 1;
+    }
+    functab.extend(word(2 * funcs.len())?);
+    if layout.magic == 0xffff_fffb {
+        // The file table's offset stands behind functab.
+        let at = start + (2 * funcs.len() + 1) * half;
+        functab.extend(bytes.get(at..at + 4)?);
+    }
+    let mut copy = bytes.to_vec();
+    let mut put = |at: usize, bytes: &[u8]| {
+        copy.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
+        Some(())
+    };
+    let offset = |address| usize::try_from(image.offset_of(address)?.0).ok();
+    put(start, &functab)?;
+    put(offset(table.address)? + 8, &count.to_le_bytes())?;
+    let ftab = module.address.checked_add(layout.module.ftab + 8)?;
+    for at in [0, 8] {
+        put(offset(ftab)? + at, &(count + 1).to_le_bytes())?;
+    }
+    Some(copy)
 }
 
 /// The ranges of the file that a scan reads: headers, tables, and the code of a few functions.

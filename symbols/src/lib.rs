@@ -38,6 +38,7 @@ mod plan;
 mod reason;
 mod release;
 mod runtime;
+mod selfcheck;
 mod sites;
 mod state;
 mod value;

@@ -532,8 +532,8 @@ impl Iterator for Steps<'_> {
     }
 }
 
-/// The error for a file without a pclntab, naming a packer where one is recognised.
-pub(crate) fn missing(bytes: &[u8]) -> Error {
+/// The error for a file without a pclntab, naming a packer or obfuscation where it is recognised.
+pub(crate) fn missing(image: &Image<'_>, bytes: &[u8], has_build_info: bool) -> Error {
     let head = bytes.get(..bytes.len().min(4096)).unwrap_or_default();
     let tail = bytes
         .get(bytes.len().saturating_sub(4096)..)
@@ -541,6 +541,10 @@ pub(crate) fn missing(bytes: &[u8]) -> Error {
     let packed = |part| memchr::memmem::find(part, b"UPX!").is_some();
     if packed(head) || packed(tail) {
         return Error::Packed("UPX", "upx -d BINARY");
+    }
+    // garble gives the table a magic number of its own and encrypts what it holds.
+    if has_build_info || image.section(b".gopclntab").is_some() {
+        return Error::Obfuscated("its function table (pclntab) is not in Go's format");
     }
     Error::NotGo
 }

@@ -66,7 +66,10 @@ pub(crate) fn of_stack(facts: &Facts<'_>) -> Reason {
         1
     };
     let returns = calls(Callee::DeferReturn).saturating_sub(epilogues);
-    if returns.saturating_mul(sites) > MOST_PRODUCT {
+    // A result on the heap is allocated by the function. One that allocates nothing must have had
+    // returns that were removed as unreachable after they had been counted.
+    let allocates = calls(Callee::NewObject) + calls(Callee::AlwaysReturns) > 0;
+    if returns.saturating_mul(sites) > MOST_PRODUCT || !allocates {
         return Reason::ReturnsTimesDefers;
     }
     Reason::ResultsEscape

@@ -1,6 +1,6 @@
 //! From functions that contain defers to the list of their sites.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::callee::{Namer, text};
@@ -14,7 +14,7 @@ use crate::pclntab::Func;
 use crate::plan::Basis;
 use crate::reason::{self, Facts};
 use crate::release::Release;
-use crate::{Exit, Mechanism, Site, SiteId, VirtualAddress, placement};
+use crate::{Exit, Mechanism, Site, SiteId, VirtualAddress, placement, selfcheck};
 
 /// What the search for sites works on.
 pub(crate) struct Search<'a, 'data> {
@@ -48,6 +48,13 @@ impl Search<'_, '_> {
         let omitted = &omitted;
         let (funcs, callees, mut warnings) = self.functions();
         let callees = &callees;
+        if !funcs.is_empty() && callees.entry_of(Callee::DeferReturn).is_none() {
+            warnings.push(
+                "its function names are obfuscated, also those of the runtime: of its defers only \
+                 the open-coded ones are found"
+                    .into(),
+            );
+        }
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = processors.min(funcs.len() / LEAST_A_THREAD).max(1);
         // Interleaved, since large functions stand together.
@@ -94,6 +101,21 @@ impl Search<'_, '_> {
         }
         number(&mut sites);
         (sites, warnings)
+    }
+
+    /// What tells a release that the table does not know from the last that it knows.
+    pub fn difference(&self, sites: &[Site]) -> Option<String> {
+        let (funcs, callees, _) = self.functions();
+        // Not all: the compiler may have removed every defer of a function as unreachable.
+        let with_sites: HashSet<_> = sites.iter().map(|s| s.function_entry).collect();
+        if with_sites.len() < funcs.len().div_ceil(10) * 9 {
+            return Some(format!(
+                "{} functions have defers by their tables, and in only {} some were found",
+                funcs.len(),
+                with_sites.len()
+            ));
+        }
+        selfcheck::difference(self.image, self.module, &callees, &funcs)
     }
 
     /// One pass over pclntab: the functions with defers, and those whose calls mean something.
@@ -158,9 +180,17 @@ impl Search<'_, '_> {
         let mut drafts = registering_calls(&code, &findings, &namer);
         if let Some(open) = &open {
             let found = self.open_coded(&code, &findings, &namer);
-            if found.len() != open.slots.len() {
+            // A statement that the compiler removed as unreachable has its slot declared still; but
+            // nothing sets its bit.
+            let set =
+                |bit: &u8| 1u8.checked_shl((*bit).into()).unwrap_or(0) & findings.bits_set != 0;
+            let has_store = |bit: &u8| found.iter().any(|site| site.bit == Some(*bit));
+            let live = (0..u8::try_from(open.slots.len()).unwrap_or(u8::MAX))
+                .filter(|bit| set(bit) || has_store(bit))
+                .count();
+            if found.len() != live {
                 warnings.push(format!(
-                    "{name} declares {} open-coded defers, and {} were found",
+                    "{name} declares {} open-coded defers, of which {live} can execute, and {} were found",
                     open.slots.len(),
                     found.len()
                 ));

@@ -101,14 +101,15 @@ fn corrupted(release: &str, build: &Build, cases: u64) {
         .ok()
         .and_then(|f| f.parse().ok());
     let (mut refused, mut worst) = (0, (0, 0));
-    let mut bytes = original.clone();
+    let seed = fuzzing::Seed::new(original);
+    let original = seed.bytes();
+    let mut bytes = Vec::new();
     for case in 0..cases * factor.unwrap_or(1) {
-        bytes.copy_from_slice(&original);
         let mut random = Random(case.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let edits: Vec<u8> = (0..6 * (1 + random.next() % 4))
             .map(|_| (random.next() >> 56) as u8)
             .collect();
-        fuzzing::edit(&mut bytes, &edits);
+        seed.edited(&mut bytes, &edits);
         let used = measured(|| fuzzing::scan(&bytes));
         assert!(
             used.0 <= 8 * original.len() + (64 << 20) && used.1 <= 20 * usual.1 + 100_000,
@@ -160,5 +161,34 @@ fn cut_off_at_every_page() {
             let sites = binary.inventory().unwrap().sites.len();
             assert!(sites > 5, "cut off at {end}: {sites} sites and no error");
         }
+    }
+}
+
+/// What the fuzzer's seeds are: they must still have sites to find, and nothing else be wrong.
+#[test]
+fn cut_down_binaries_keep_some_sites() {
+    for (release, build) in [
+        ("1.27", stripped(Arch::Amd64)),
+        ("1.25", stripped(Arch::Arm64)),
+        ("1.21", stripped(Arch::Amd64).buildmode("pie")),
+        ("1.15", stripped(Arch::Amd64)),
+    ] {
+        let Some(original) = binary(release, &build) else {
+            continue;
+        };
+        let pcs = |bytes: &[u8]| {
+            let inventory = Binary::parse(bytes).unwrap().inventory().unwrap();
+            assert_eq!(inventory.warnings, Vec::<String>::new(), "go{release}");
+            let sites = inventory.sites.iter();
+            sites
+                .map(|s| (s.pc, s.function.clone(), s.mechanism))
+                .collect::<Vec<_>>()
+        };
+        let (all, some) = (pcs(&original), pcs(&fuzzing::cut(&original, 6).unwrap()));
+        assert!(some.len() >= 6 && some.len() < all.len(), "go{release}");
+        for site in &some {
+            assert!(all.contains(site), "go{release}: {site:?}");
+        }
+        println!("go{release}: {} of {} sites", some.len(), all.len());
     }
 }

@@ -90,6 +90,7 @@ fn or_skip<T>(what: &str, result: Result<T, Error>) -> Option<T> {
 
 fn fixtures(arch: Arch) {
     for toolchain in Toolchain::all() {
+        let mut seen: BTreeMap<String, u32> = BTreeMap::new();
         for fixture in Fixture::all().unwrap() {
             let what = format!("{} go{} {arch}", fixture.name, toolchain.release);
             let plain = Build::arch(arch);
@@ -111,8 +112,48 @@ fn fixtures(arch: Arch) {
                 &found(&inventory, |file| files.contains(file)),
                 &expected,
             );
+            for site in reasons(&what, &fixture, &toolchain, &inventory) {
+                *seen.entry(site).or_default() += 1;
+            }
         }
+        // Each rule that a program's default flags can hit was hit.
+        let missing: Vec<_> = [
+            "loop",
+            "loop-in-function",
+            "over-8-defers",
+            "returns-times-defers",
+            "results-escape",
+            "range-func",
+            "range-func-in-function",
+        ]
+        .into_iter()
+        .filter(|rule| toolchain.release.minor >= 23 || !rule.starts_with("range-func"))
+        .filter(|rule| !seen.contains_key(*rule))
+        .collect();
+        assert!(missing.is_empty(), "{toolchain} {arch}: {missing:?}");
+        println!("{toolchain} {arch}: sites by reason: {seen:?}");
     }
+}
+
+/// Compares the reasons with those that the fixture's source gives for this release, and returns
+/// them.
+fn reasons(
+    what: &str,
+    fixture: &Fixture,
+    toolchain: &Toolchain,
+    inventory: &Inventory,
+) -> Vec<String> {
+    let expected = fixture.expected(toolchain.release, &Build::default());
+    let source = fixture.source.to_string_lossy();
+    let mut reasons = Vec::new();
+    for site in inventory.sites.iter().filter(|s| s.file == source) {
+        let line = expected.iter().find(|e| e.line == site.line);
+        let line = line.unwrap_or_else(|| panic!("{what}: {} has no marker", site.id));
+        let reason = site.reason.map(|reason| reason.to_string());
+        assert_eq!(reason, line.reason, "{what}: {}", site.id);
+        reasons.extend(reason);
+    }
+    reasons
 }
 
 #[test]
@@ -125,20 +166,17 @@ fn fixtures_on_arm64() {
     fixtures(Arch::Arm64);
 }
 
-/// A program of the toolchain, with DWARF and without.
-fn toolchain(name: &str, release: &str, arch: Arch) {
-    let what = format!("cmd/{name} go{release} {arch}");
-    let Some(toolchain) = or_skip(&what, Toolchain::find(release)) else {
-        return;
-    };
-    let plain = toolchain_program(&toolchain, name, &Build::arch(arch)).unwrap();
+/// A program of the toolchain, with DWARF and without. Returns the number of its places.
+fn program(name: &str, toolchain: &Toolchain, arch: Arch) -> usize {
+    let what = format!("cmd/{name} {toolchain} {arch}");
+    let plain = toolchain_program(toolchain, name, &Build::arch(arch)).unwrap();
     let expected = expected(&plain.defers, &lines_in_binary(&plain.binary).unwrap());
     let inventory = scan(&plain.binary);
     assert_eq!(inventory.warnings, Vec::<String>::new(), "{what}");
     compare(&what, &found(&inventory, |_| true), &expected);
 
     let stripped = Build::arch(arch).ldflags("-s -w");
-    let stripped = toolchain_program(&toolchain, name, &stripped).unwrap();
+    let stripped = toolchain_program(toolchain, name, &stripped).unwrap();
     let inventory = scan(&stripped.binary);
     assert!(inventory.binary.stripped);
     compare(
@@ -146,11 +184,20 @@ fn toolchain(name: &str, release: &str, arch: Arch) {
         &found(&inventory, |_| true),
         &expected,
     );
+    expected.len()
+}
+
+/// The sample that always runs.
+fn sampled(name: &str, release: &str, arch: Arch) {
+    let what = format!("cmd/{name} go{release} {arch}");
+    if let Some(toolchain) = or_skip(&what, Toolchain::find(release)) {
+        program(name, &toolchain, arch);
+    }
 }
 
 macro_rules! toolchain_tests {
     ($($test:ident: $name:literal $release:literal $arch:ident;)*) => {
-        $(#[test] fn $test() { toolchain($name, $release, Arch::$arch); })*
+        $(#[test] fn $test() { sampled($name, $release, Arch::$arch); })*
     };
 }
 
@@ -159,9 +206,37 @@ toolchain_tests! {
     go_1_27: "go" "1.27" Amd64;
     compile_1_21: "compile" "1.21" Amd64;
     compile_1_27: "compile" "1.27" Amd64;
+    link_1_27: "link" "1.27" Amd64;
+    vet_1_27: "vet" "1.27" Amd64;
     gofmt_1_21: "gofmt" "1.21" Amd64;
     gofmt_1_27: "gofmt" "1.27" Amd64;
     gofmt_1_21_arm64: "gofmt" "1.21" Arm64;
     gofmt_1_27_arm64: "gofmt" "1.27" Arm64;
     go_1_27_arm64: "go" "1.27" Arm64;
+}
+
+/// Every program of every toolchain, where `DEFERPROF_MATRIX=full` asks for it.
+fn every_program(arch: Arch) {
+    if std::env::var("DEFERPROF_MATRIX").as_deref() != Ok("full") {
+        return println!("{arch}: skipped: only a sample runs without DEFERPROF_MATRIX=full");
+    }
+    let mut table = String::new();
+    for toolchain in Toolchain::all() {
+        table += &format!("| {toolchain} | {arch} |");
+        for name in ["go", "compile", "link", "vet"] {
+            table += &format!(" {} |", program(name, &toolchain, arch));
+        }
+        table += "\n";
+    }
+    println!("{table}");
+}
+
+#[test]
+fn every_program_on_amd64() {
+    every_program(Arch::Amd64);
+}
+
+#[test]
+fn every_program_on_arm64() {
+    every_program(Arch::Arm64);
 }

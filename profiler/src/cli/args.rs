@@ -82,6 +82,10 @@ pub struct AttachArgs {
     /// How to record and show.
     #[command(flatten)]
     pub record: RecordArgs,
+    /// The Go code to count in, where the process has several: its executable or a library it has
+    /// loaded (built as c-shared or plugin), by path or file name.
+    #[arg(long, value_name = "FILE")]
+    pub module: Option<PathBuf>,
     /// The process.
     #[arg(value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: i32,

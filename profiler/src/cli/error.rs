@@ -47,6 +47,8 @@ pub fn status(error: &anyhow::Error) -> u8 {
                 SymbolsError::WrongClass(_)
                 | SymbolsError::WrongMachine(_)
                 | SymbolsError::UnknownRelease { .. }
+                | SymbolsError::NewRelease { .. }
+                | SymbolsError::Obfuscated(_)
                 | SymbolsError::Packed(..) => UNAVAILABLE,
                 _ => FAILED,
             };

@@ -4,17 +4,17 @@
 use std::os::fd::AsFd as _;
 use std::time::Instant;
 
-use deferprof_symbols::{Binary, Frame, Inventory, PoolProbes, Probe, Site, VirtualAddress};
+use deferprof_symbols::{Binary, Frame, Inventory, Site, VirtualAddress};
 use nix::unistd::Pid;
 
 use super::args::RecordArgs;
 use super::error::UsageError;
 use super::pool;
 use super::progress::Progress;
-use super::runs::{self, RunPlan};
+use super::runs;
 use crate::engine::{
-    Calibration, Counts, DEFAULT_STACKS, EngineError, InstructionCost, LatencyRequest, LinkChoice,
-    LinkKind, More, Request, Session, Taxes, calibrate, calibrate_latency,
+    Calibration, Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, More, Questions,
+    Request, Session, Taxes, calibrate, calibrate_latency,
 };
 use crate::profile::{self, Profile, RawStack, Recording, SiteCount, Target, Window};
 use crate::target::Executable;
@@ -23,12 +23,7 @@ use crate::target::Executable;
 pub(super) struct Plan<'a> {
     binary: &'a Binary<'a>,
     sites: Vec<Site>,
-    probes: Vec<Probe>,
-    costs: Vec<InstructionCost>,
-    takes_record: Vec<bool>,
-    returns: Vec<(VirtualAddress, u32)>,
-    pool: Option<PoolProbes>,
-    runs: RunPlan,
+    questions: Questions,
     warnings: Vec<String>,
     stacks: bool,
     latency: bool,
@@ -94,43 +89,25 @@ impl<'a> Plan<'a> {
             };
             return Err(UsageError(message).into());
         }
-        let (pool, without) = match args.no_pool {
-            true => (None, None),
-            false => pool::probes(binary),
-        };
-        warnings.extend(without);
-        let (runs, without) = match args.no_ran {
-            true => (RunPlan::none(), None),
-            false => RunPlan::new(binary, &sites),
-        };
-        let latency = args.latency && without.is_none();
+        let mut questions = Questions::new(binary, &sites);
+        if !args.no_pool {
+            warnings.extend(questions.ask_pool(binary).err());
+        }
+        if !args.no_ran {
+            warnings.extend(questions.ask_runs(binary, &sites).err());
+        }
+        let latency = args.latency && questions.asks_runs();
         if args.latency && !latency {
             warnings.push("times are not measured, since deferred calls cannot be followed".into());
         }
-        warnings.extend(without);
         for warning in &warnings {
             progress.say(&format!("warning: {warning}"));
         }
-        let probes = (0u32..)
-            .zip(&sites)
-            .map(|(site, s)| Probe {
-                offset: s.registration.offset,
-                site,
-            })
-            .collect();
         let (stacks, link) = (args.stacks, args.link.into());
         Ok(Self {
             binary,
-            costs: sites
-                .iter()
-                .map(|site| InstructionCost::of(&site.registration))
-                .collect(),
-            takes_record: sites.iter().map(pool::takes_records).collect(),
-            returns: runs::returns(binary, &sites),
             sites,
-            probes,
-            pool,
-            runs,
+            questions,
             warnings,
             stacks,
             latency,
@@ -177,24 +154,13 @@ impl<'a> Plan<'a> {
         progress: &mut Progress,
     ) -> anyhow::Result<Armed> {
         let start = Instant::now();
-        let request = Request {
-            executable: executable.as_fd(),
+        let request = self.questions.request(
+            executable.as_fd(),
             pid,
-            probes: &self.probes,
-            sites: u32::try_from(self.sites.len()).unwrap_or(u32::MAX),
-            sites_cost: &self.costs,
-            stacks: self.stacks(),
-            link: self.link,
-            more: More {
-                returns: &self.returns,
-                pool: self.pool.as_ref(),
-                runs: self.runs.request(),
-                latency: costs.taxes.map(|taxes| LatencyRequest {
-                    takes_record: &self.takes_record,
-                    taxes,
-                }),
-            },
-        };
+            self.stacks(),
+            self.link,
+            costs.taxes,
+        );
         let armed = self.attach(&request, progress)?;
         progress.detail(&format!(
             "attached {} probes in {:.1} ms ({})",
@@ -207,7 +173,6 @@ impl<'a> Plan<'a> {
 
     /// Attaches all probes, or if that does not work here those of the sites alone; says so.
     fn attach(&self, request: &Request<'_>, progress: &mut Progress) -> anyhow::Result<Armed> {
-        let asks_more = self.pool.is_some() || self.runs.request().is_some();
         match Session::attach(request) {
             Ok(session) => Ok(Armed {
                 session,
@@ -217,7 +182,7 @@ impl<'a> Plan<'a> {
                 why @ (EngineError::Rejected { .. }
                 | EngineError::InvalidProbe { .. }
                 | EngineError::NotSupported { .. }),
-            ) if asks_more => {
+            ) if self.questions.asks_more() => {
                 let session = Session::attach(&Request {
                     more: More::default(),
                     ..*request
@@ -251,7 +216,7 @@ impl<'a> Plan<'a> {
         warnings.extend(refused);
         warnings.extend(losses(&counts));
         warnings.extend(pool::doubts(&counts));
-        warnings.extend(runs::doubts(&counts, &self.runs));
+        warnings.extend(runs::doubts(&counts, &self.questions, self.sites.len()));
         let stacks = self.stacks.then(|| self.stacks_of(&counts));
         // Hits of other processes are paid for by them.
         let cost = costs.hit.single_stepped_ns * counts.single_stepped as f64
@@ -272,7 +237,7 @@ impl<'a> Plan<'a> {
                 .zip(&counts.registered)
                 .enumerate()
                 .map(|(index, (site, registered))| {
-                    let ran = self.runs.of_site(&counts, index);
+                    let ran = runs::of_site(&counts, &self.questions, index);
                     let left =
                         ran.and_then(|r| registered.checked_sub(r.r#return + r.panic + r.goexit));
                     SiteCount {

@@ -1,28 +1,15 @@
 //! The deferpool in a recording: what to ask the engine, and how its answer enters the profile.
 
-use deferprof_symbols::{Binary, Mechanism, PoolProbes, Site};
+use deferprof_symbols::Site;
 
-use crate::engine::{Counts, PoolCounts};
+use crate::engine::{Counts, PoolCounts, takes_record};
 use crate::profile::{Pool, Runtime};
-
-/// The probes of the deferpool, and why there are none if so.
-pub(super) fn probes(binary: &Binary<'_>) -> (Option<PoolProbes>, Option<String>) {
-    match binary.pool_probes() {
-        Ok(probes) => (Some(probes), None),
-        Err(why) => (None, Some(format!("pool outcomes are not measured: {why}"))),
-    }
-}
-
-/// Whether the site's records come from the deferpool.
-pub(super) fn takes_records(site: &Site) -> bool {
-    matches!(site.mechanism, Mechanism::Heap | Mechanism::RangeFunc)
-}
 
 /// The outcomes of one site.
 pub(super) fn of_site(counts: &Counts, index: usize, site: &Site) -> Option<Pool> {
     let registered = counts.registered.get(index)?;
     let outcomes = counts.pool.as_ref()?.outcomes(index, *registered)?;
-    takes_records(site).then_some(Pool {
+    takes_record(site).then_some(Pool {
         hit: outcomes.hit,
         refill: outcomes.refill,
         miss: outcomes.miss,

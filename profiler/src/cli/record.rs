@@ -15,7 +15,7 @@ use super::output::Outputs;
 use super::plan::{Armed, Plan};
 use super::progress::Progress;
 use crate::profile::{Target, Window};
-use crate::target::{Executable, PausedChild, Process, Signals, TargetError, Wake, wait};
+use crate::target::{Executable, GoModule, PausedChild, Process, Signals, TargetError, Wake, wait};
 
 /// How often the progress line is renewed.
 const TICK: Duration = Duration::from_millis(500);
@@ -26,7 +26,11 @@ pub fn attach(args: &AttachArgs) -> anyhow::Result<()> {
     let outputs = Outputs::open(&args.record.show)?;
     let mut progress = Progress::new(args.record.verbose);
     let process = Process::open(Pid::from_raw(args.pid))?;
-    let executable = process.executable()?;
+    let module = GoModule::of(&process, args.module.as_deref())?;
+    if let Some(warning) = module.warning() {
+        progress.say(&format!("warning: {warning}"));
+    }
+    let executable = module.file;
     let binary = parse(&executable)?;
     let plan = Plan::new(&binary, &args.record, &mut progress)?;
     if process.is_stopped() {

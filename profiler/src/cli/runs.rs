@@ -1,110 +1,22 @@
 //! Deferred calls in a recording: what to ask the engine, and how its answers enter the profile.
 
-use deferprof_symbols::{
-    Architecture, Binary, Entered, Mechanism, ProbePoint, RunProbes, Site, VirtualAddress,
-};
+use deferprof_symbols::{ProbePoint, Site};
 
-use super::pool::takes_records;
-use crate::engine::{Counts, Distribution, ExitProbe, InstructionCost, RunRequest, Taxes};
+use crate::engine::{Counts, Distribution, InstructionCost, Questions, Taxes, takes_record};
 use crate::profile::{Histogram, Latency, Panics, Ran};
 
-/// What a recording asks about deferred calls; nothing where the binary does not tell.
-pub(super) struct RunPlan {
-    probes: Option<RunProbes>,
-    exits: Vec<ExitProbe>,
-    entries: Vec<Entered>,
-    /// By site: whether there is an exit that cannot be probed.
-    blind: Vec<bool>,
-}
-
-impl RunPlan {
-    /// Asks nothing.
-    pub(super) fn none() -> Self {
-        Self {
-            probes: None,
-            exits: Vec::new(),
-            entries: Vec::new(),
-            blind: Vec::new(),
-        }
+/// How often one site's deferred call was made.
+pub(super) fn of_site(counts: &Counts, questions: &Questions, index: usize) -> Option<Ran> {
+    let runs = counts.runs.as_ref()?;
+    if runs.unreadable > 0 || counts.loss.missed > 0 || !questions.sees_runs(index) {
+        return None;
     }
-
-    /// The plan for the sites of a recording, and why there is none if so.
-    pub(super) fn new(binary: &Binary<'_>, sites: &[Site]) -> (Self, Option<String>) {
-        let probes = match binary.run_probes(sites) {
-            Ok(probes) => probes,
-            Err(why) => {
-                let why = format!("deferred calls are not counted: {why}");
-                return (Self::none(), Some(why));
-            }
-        };
-        let probe = |point: ProbePoint| (point.offset, InstructionCost::of(&point));
-        let exits = (0u32..).zip(sites).flat_map(|(index, site)| {
-            site.exits.iter().map(move |exit| ExitProbe {
-                start: exit.start.filter(|_| exit.entered.is_none()).map(probe),
-                end: exit.end.map(probe),
-                site: index,
-            })
-        });
-        let mut entries: Vec<Entered> = sites
-            .iter()
-            .flat_map(|site| site.exits.iter().filter_map(|exit| exit.entered))
-            .collect();
-        entries.sort_by_key(|entered| entered.point.address);
-        entries.dedup();
-        let blind = |site: &Site| {
-            let mut exits = site.exits.iter();
-            exits.any(|exit| exit.start.is_none() && exit.entered.is_none())
-        };
-        let plan = Self {
-            probes: Some(probes),
-            exits: exits.collect(),
-            entries,
-            blind: sites.iter().map(blind).collect(),
-        };
-        (plan, None)
-    }
-
-    /// The question to the engine.
-    pub(super) fn request(&self) -> Option<RunRequest<'_>> {
-        Some(RunRequest {
-            probes: Some(self.probes.as_ref()?),
-            exits: &self.exits,
-            entries: &self.entries,
-        })
-    }
-
-    /// How often one site's deferred call was made.
-    pub(super) fn of_site(&self, counts: &Counts, index: usize) -> Option<Ran> {
-        let runs = counts.runs.as_ref()?;
-        if runs.unreadable > 0 || counts.loss.missed > 0 || self.blind.get(index) != Some(&false) {
-            return None;
-        }
-        let ran = runs.ran.get(index)?;
-        Some(Ran {
-            r#return: ran.on_return,
-            panic: ran.on_panic,
-            goexit: ran.on_goexit,
-        })
-    }
-}
-
-/// Where each site's calls return to, as linked, and the site: those of the runtime that register,
-/// and exit code's calls of functions whose entry is probed.
-pub(super) fn returns(binary: &Binary<'_>, sites: &[Site]) -> Vec<(VirtualAddress, u32)> {
-    let call = match binary.architecture() {
-        Architecture::Amd64 => 5,
-        Architecture::Arm64 => 4,
-    };
-    let mut returns = Vec::new();
-    for (index, site) in (0u32..).zip(sites) {
-        if site.mechanism != Mechanism::OpenCoded {
-            let behind = site.pc.0.checked_add(call);
-            returns.extend(behind.map(|behind| (VirtualAddress(behind), index)));
-        }
-        let entered = site.exits.iter().filter(|exit| exit.entered.is_some());
-        returns.extend(entered.map(|exit| (exit.returns_to, index)));
-    }
-    returns
+    let ran = runs.ran.get(index)?;
+    Some(Ran {
+        r#return: ran.on_return,
+        panic: ran.on_panic,
+        goexit: ran.on_goexit,
+    })
 }
 
 /// The panics of the whole process.
@@ -125,12 +37,12 @@ pub(super) fn latency(counts: &Counts, index: usize, site: &Site, taxes: Taxes) 
     let exits_step = exits.any(|exit| exit.start.is_some_and(stepped));
     let called = if exits_step { SingleStepped } else { Emulated };
     // A record is held from within the runtime.
-    let held = match takes_records(site) {
+    let held = match takes_record(site) {
         true => Emulated,
         false => InstructionCost::of(&site.registration),
     };
     Some(Latency {
-        register: takes_records(site).then(|| histogram(&times.register, taxes.floor_ns(Emulated))),
+        register: takes_record(site).then(|| histogram(&times.register, taxes.floor_ns(Emulated))),
         call: Some(histogram(&times.call, taxes.floor_ns(called))),
         held: Some(histogram(&times.held, taxes.floor_ns(held))),
     })
@@ -166,7 +78,7 @@ fn histogram(times: &Distribution, floor_ns: u64) -> Histogram {
 }
 
 /// What is not certain, a sentence each.
-pub(super) fn doubts(counts: &Counts, plan: &RunPlan) -> Vec<String> {
+pub(super) fn doubts(counts: &Counts, questions: &Questions, sites: usize) -> Vec<String> {
     let mut sentences = Vec::new();
     let mut say = |count: u64, what: &str| {
         if count > 0 {
@@ -182,7 +94,9 @@ pub(super) fn doubts(counts: &Counts, plan: &RunPlan) -> Vec<String> {
             runs.records_full,
             "range-over-func defers had no room: their calls are not in `ran`",
         );
-        let blind = plan.blind.iter().filter(|blind| **blind).count();
+        let blind = (0..sites)
+            .filter(|site| !questions.sees_runs(*site))
+            .count();
         say(
             blind as u64,
             "sites have an exit that cannot be probed: their `ran` is left out",

@@ -1,13 +1,13 @@
 //! What can be profiled of one process.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, os::fd::AsFd as _};
 
 use deferprof_symbols::Binary;
 use nix::unistd::Pid;
 use serde::Serialize;
 
 use super::{Link, Problem};
-use crate::engine::features;
+use crate::engine::{LinkChoice, Questions, ebpf};
 use crate::target::Process;
 
 /// How many sites there are of each mechanism.
@@ -29,7 +29,7 @@ pub struct Target {
     pub sites: u64,
     /// The same by mechanism.
     pub mechanisms: Mechanisms,
-    /// How many probes attaching to all of them takes, and to the deferpool where that works.
+    /// How many instructions an `attach` without options probes.
     pub probes: u64,
     /// How many of the probes are on instructions that the kernel emulates.
     pub emulated: u64,
@@ -63,24 +63,21 @@ impl Target {
         for site in &inventory.sites {
             *mechanisms.entry(site.mechanism.to_string()).or_default() += 1;
         }
-        let emulated = inventory.sites.iter();
-        let emulated = emulated.filter(|site| site.registration.kind.is_emulated());
-        // Those on the runtime's rare paths need cookies; all of them are emulated.
-        let best = links.iter().find(|link| link.works);
-        let pool = match binary.pool_probes() {
-            Ok(pool) if features::cookies() && best.is_some_and(|it| it.kind != "trace_event") => {
-                pool.probes.len() as u64
-            }
-            _ => 0,
-        };
+        // What a recording without flags asks; of what this binary does not tell it warns itself.
+        let mut questions = Questions::new(&binary, &inventory.sites);
+        questions.ask_pool(&binary).ok();
+        questions.ask_runs(&binary, &inventory.sites).ok();
+        let request = questions.request(executable.as_fd(), pid, None, LinkChoice::Auto, None);
+        let (probes, emulated) =
+            ebpf::probes(&request).map_err(|error| blocked(error.to_string()))?;
         let target = Self {
             pid: pid.as_raw(),
             go_version: binary.go_version().to_owned(),
             arch: binary.architecture().to_string(),
             sites: inventory.sites.len() as u64,
             mechanisms,
-            probes: inventory.sites.len() as u64 + pool,
-            emulated: emulated.count() as u64 + pool,
+            probes: probes as u64,
+            emulated: emulated as u64,
             tracer: tracer(pid),
             stopped: process.is_stopped(),
             exe,

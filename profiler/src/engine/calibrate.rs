@@ -48,7 +48,7 @@ pub fn calibrate(link: LinkChoice, stacks: Option<NonZeroU32>) -> Result<Calibra
         });
     }
 
-    let bare = loops.map(|(probed, _)| median_ns(probed, 10_000));
+    let bare = loops.map(|(probed, _)| median_ns(probed, 1000));
     let session = Session::attach(&Request {
         executable: executable.as_fd(),
         pid: Pid::this(),
@@ -92,8 +92,8 @@ pub struct Taxes {
     pub single_stepped_floor_ns: u64,
 }
 
-/// Measures what is to be subtracted from times, by measuring times that are known to be next to
-/// nothing with all that real ones need.
+/// Measures what is to be subtracted from times: how much longer a time comes out than it is, of one that
+/// is known, with all that real ones need.
 ///
 /// # Errors
 ///
@@ -125,6 +125,7 @@ pub fn calibrate_latency(
             site,
         });
     }
+    let bare = loops.map(|(probed, ..)| median_ns(probed, 1000) as u64);
     let session = Session::attach(&Request {
         executable: executable.as_fd(),
         pid: Pid::this(),
@@ -167,8 +168,8 @@ pub fn calibrate_latency(
     let quantile = |times: &Distribution, share| times.quantile(share).unwrap_or(0);
     let spread = |times: &Distribution| quantile(times, 0.95) - quantile(times, 0.5);
     Ok(Taxes {
-        emulated_ns: quantile(&emulated.held, 0.5),
-        single_stepped_ns: quantile(&stepped.held, 0.5),
+        emulated_ns: quantile(&emulated.held, 0.5).saturating_sub(bare[0]),
+        single_stepped_ns: quantile(&stepped.held, 0.5).saturating_sub(bare[1]),
         emulated_floor_ns: spread(&emulated.held),
         single_stepped_floor_ns: spread(&stepped.held),
     })

@@ -11,6 +11,7 @@ pub mod features;
 mod latency;
 mod pool;
 mod probed_loop;
+mod questions;
 mod run;
 
 use std::{num::NonZeroU32, os::fd::BorrowedFd};
@@ -24,9 +25,10 @@ pub use self::{
     error::{Capability, EngineError},
     latency::{Distribution, LatencyCounts, LatencyRequest, Times},
     pool::{PoolCounts, PoolOutcomes},
+    questions::Questions,
     run::{ExitProbe, InstructionCost, Ran, RunCounts, RunRequest},
 };
-pub(crate) use self::{ebpf::in_initial_pid_namespace, error::setting};
+pub(crate) use self::{ebpf::in_initial_pid_namespace, error::setting, questions::takes_record};
 
 /// How many different stacks are kept when the caller has no opinion. In the kernel a stack takes
 /// about 1.1 KB, and 8 bytes more for each CPU: 18 MB.

@@ -35,6 +35,14 @@ pub enum TargetError {
         /// Its effective user id.
         owner: u32,
     },
+    /// `--module` names none of the process's Go modules.
+    #[error("process {pid} has loaded no Go code from {module}")]
+    NoModule {
+        /// The process.
+        pid: i32,
+        /// What was asked for.
+        module: PathBuf,
+    },
     /// A program to run was not found.
     #[error("there is no program {0:?} in the folders of PATH; give its path, such as ./{0}")]
     NotFound(String),

@@ -61,6 +61,12 @@ impl Executable {
         })
     }
 
+    /// The file's inode number.
+    pub(super) fn inode(&self) -> Option<u64> {
+        use std::os::unix::fs::MetadataExt as _;
+        self.file.metadata().ok().map(|metadata| metadata.ino())
+    }
+
     /// The path to show; not to open again.
     pub fn path(&self) -> &Path {
         &self.path

@@ -155,6 +155,20 @@ impl Session {
     }
 }
 
+/// How many instructions a request probes, and how many of these the kernel emulates.
+///
+/// # Errors
+///
+/// [`EngineError::InvalidProbe`] if one instruction would have to answer too many questions.
+pub fn probes(request: &Request<'_>) -> Result<(usize, usize), EngineError> {
+    let points = Points::new(request)?;
+    let emulated = points
+        .placed
+        .iter()
+        .filter(|placed| !placed.cookie.is_single_stepped());
+    Ok((points.placed.len(), emulated.count()))
+}
+
 /// Tells whether links of a kind work here, by loading a program for them and asking for one.
 ///
 /// # Errors

@@ -88,15 +88,15 @@ fn measured(sites: &[&ProfileSite]) -> Vec<Column> {
     if sites.iter().any(|site| site.pool.is_some()) {
         columns.push(numbers(detail("MISS"), sites, |site| site.pool.map(misses)));
     }
-    let disturbed = |ran: Ran| ran.panic > 0 || ran.goexit > 0;
-    if sites.iter().filter_map(|site| site.ran).any(disturbed) {
-        type Calls = fn(Ran) -> u64;
-        let paths: [(_, Calls); 3] = [
-            ("RETURN", |ran| ran.r#return),
-            ("PANIC", |ran| ran.panic),
-            ("GOEXIT", |ran| ran.goexit),
-        ];
-        for (title, calls) in paths {
+    // Calls on a return are the rest, and nearly all: not worth a column.
+    type Calls = fn(Ran) -> u64;
+    let paths: [(_, Calls); 2] = [("PANIC", |ran| ran.panic), ("GOEXIT", |ran| ran.goexit)];
+    for (title, calls) in paths {
+        if sites
+            .iter()
+            .filter_map(|site| site.ran)
+            .any(|ran| calls(ran) > 0)
+        {
             columns.push(numbers(detail(title), sites, |site| {
                 site.ran.map(|ran| count(calls(ran)))
             }));

@@ -1,0 +1,159 @@
+//! Binaries that the tables do not cover: of a newer release, obfuscated, packed, without build info.
+//! Made of fixtures whose bytes are changed where the difference would be.
+
+use deferprof_fixtures::{Arch, Build, Fixture, Toolchain};
+use deferprof_symbols::{Binary, Error, Mechanism};
+
+/// A stripped fixture's bytes, and the toolchain's release; `None`, saying why, without a toolchain.
+fn fixture(release: &str, arch: Arch) -> Option<(Vec<u8>, String)> {
+    let toolchain = match Toolchain::find(release) {
+        Ok(toolchain) => toolchain,
+        Err(reason) => {
+            println!("go{release}: skipped: {reason}");
+            return None;
+        }
+    };
+    let build = Build::arch(arch).ldflags("-s -w");
+    let path = Fixture::find("rules").unwrap().build(&toolchain, &build);
+    let path = path.unwrap();
+    Some((std::fs::read(path).unwrap(), toolchain.to_string()))
+}
+
+/// Every place of `text`.
+fn places(bytes: &[u8], text: &[u8]) -> Vec<usize> {
+    let windows = bytes.windows(text.len()).enumerate();
+    let found = windows.filter(|(_, window)| *window == text);
+    found.map(|(at, _)| at).collect()
+}
+
+fn first(bytes: &[u8], text: &[u8]) -> usize {
+    let place = bytes.windows(text.len()).position(|window| window == text);
+    place.unwrap_or_else(|| panic!("there is no {:?}", String::from_utf8_lossy(text)))
+}
+
+/// The bytes with another version of the same length, in the build info and wherever it points.
+fn renamed(bytes: &[u8], old: &str, new: &str) -> Vec<u8> {
+    assert_eq!(old.len(), new.len());
+    let mut bytes = bytes.to_vec();
+    for at in places(&bytes, old.as_bytes()) {
+        bytes[at..at + new.len()].copy_from_slice(new.as_bytes());
+    }
+    bytes
+}
+
+/// A release that the table will not know for long, as long as `version`.
+fn newer(version: &str) -> String {
+    format!("go1.99.{}", "0".repeat(version.len() - "go1.99.".len()))
+}
+
+#[test]
+fn a_newer_release_that_looks_the_same_works_with_a_warning() {
+    for arch in [Arch::Amd64, Arch::Arm64] {
+        let Some((bytes, version)) = fixture("1.27", arch) else {
+            continue;
+        };
+        let sites = |bytes: &[u8]| {
+            let inventory = Binary::parse(bytes).unwrap().inventory().unwrap();
+            let sites = inventory.sites.into_iter();
+            let sites: Vec<_> = sites.map(|s| (s.id, s.mechanism, s.pc)).collect();
+            (sites, inventory.warnings)
+        };
+        let (known, warnings) = sites(&bytes);
+        assert!(warnings.is_empty());
+        let (new, warnings) = sites(&renamed(&bytes, &version, &newer(&version)));
+        assert_eq!(new, known);
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        assert!(warnings[0].contains("newer than this deferprof knows"));
+    }
+}
+
+/// Real differences: what older releases did where a newer one is expected to do as 1.27 does.
+#[test]
+fn a_newer_release_that_differs_is_refused() {
+    for release in ["1.15", "1.19", "1.21", "1.22", "1.24", "1.26"] {
+        for arch in [Arch::Amd64, Arch::Arm64] {
+            let Some((bytes, version)) = fixture(release, arch) else {
+                continue;
+            };
+            let bytes = renamed(&bytes, &version, &newer(&version));
+            let error = Binary::parse(&bytes)
+                .and_then(|binary| binary.inventory())
+                .unwrap_err();
+            assert!(
+                matches!(error, Error::NewRelease { .. } | Error::Damaged { .. }),
+                "{error:?}"
+            );
+            println!("{version} {arch}: {error}");
+        }
+    }
+}
+
+/// A record that has grown is seen in the code of `deferprocStack`, though all tables are in order.
+#[test]
+fn a_newer_release_with_another_record_is_refused() {
+    let Some((bytes, version)) = fixture("1.27", Arch::Amd64) else {
+        return;
+    };
+    let mut bytes = renamed(&bytes, &version, &newer(&version));
+    // mov %rcx,0x20(%rax); movq $0,0x28(%rax): the link and the head.
+    let stores = b"\x48\x89\x48\x20\x48\xc7\x40\x28\0\0\0\0";
+    let at = first(&bytes, stores);
+    bytes[at + 3] = 0x28;
+    bytes[at + 7] = 0x30;
+    let error = Binary::parse(&bytes).unwrap().inventory().unwrap_err();
+    assert!(
+        error.to_string().contains("deferprocStack stores at"),
+        "{error}"
+    );
+    println!("{error}");
+}
+
+/// As garble does with names: those of all functions are others of the same length.
+#[test]
+fn obfuscated_names_leave_the_open_coded_sites() {
+    for arch in [Arch::Amd64, Arch::Arm64] {
+        let Some((mut bytes, _)) = fixture("1.27", arch) else {
+            continue;
+        };
+        let sorted = |sites: Vec<deferprof_symbols::Site>| {
+            let open = sites.iter().filter(|s| s.mechanism == Mechanism::OpenCoded);
+            let mut open: Vec<_> = open.map(|site| site.pc).collect();
+            open.sort_unstable();
+            open
+        };
+        let all = sorted(Binary::parse(&bytes).unwrap().inventory().unwrap().sites);
+        for package in ["\0runtime.", "\0main."] {
+            for at in places(&bytes, package.as_bytes()) {
+                for byte in bytes[at + 1..].iter_mut().take_while(|byte| **byte != 0) {
+                    *byte = byte.rotate_left(3) | 0x40;
+                }
+            }
+        }
+        let inventory = Binary::parse(&bytes).unwrap().inventory().unwrap();
+        let warning = inventory.warnings.first().unwrap();
+        assert!(warning.contains("obfuscated"), "{warning}");
+        assert!(!all.is_empty());
+        assert_eq!(inventory.sites.len(), all.len(), "{arch}");
+        assert_eq!(sorted(inventory.sites), all, "{arch}");
+    }
+}
+
+/// As newer garble does: a function table in a format of its own, and no release.
+#[test]
+fn an_obfuscated_table_is_named() {
+    let Some((mut bytes, version)) = fixture("1.27", Arch::Amd64) else {
+        return;
+    };
+    let unknown = format!("{:<1$}", "unknown", version.len());
+    for error in [
+        Binary::parse(&renamed(&bytes, &version, &unknown)).unwrap_err(),
+        {
+            let header = first(&bytes, b"\xf1\xff\xff\xff\0\0\x01\x08");
+            bytes[header..header + 4].copy_from_slice(&0x1234_5678u32.to_le_bytes());
+            Binary::parse(&bytes).unwrap_err()
+        },
+    ] {
+        assert!(matches!(error, Error::Obfuscated(_)), "{error}");
+        println!("{error}");
+    }
+}
