@@ -76,8 +76,8 @@ impl Kernel {
         }
         if self.uprobe_multi == Some(false) {
             problems.push(Problem::warning(
-                "Without uprobe_multi links (Linux 6.6) a hit costs a little more, pool outcomes are \
-                 not measured, and attaching needs tracefs, or takes time for each probe.",
+                "Without uprobe_multi links (Linux 6.6) a hit costs a little more, and attaching needs \
+                 tracefs, or takes time for each probe.",
                 tracefs_is_missing().then(|| MOUNT_TRACEFS.to_owned()),
             ));
         }
