@@ -48,7 +48,7 @@ pub fn calibrate(link: LinkChoice, stacks: Option<NonZeroU32>) -> Result<Calibra
         });
     }
 
-    let bare = loops.map(|(probed, _)| median_ns(probed, 1000));
+    let bare = loops.map(|(probed, _)| bare_ns(probed));
     let session = Session::attach(&Request {
         executable: executable.as_fd(),
         pid: Pid::this(),
@@ -125,7 +125,7 @@ pub fn calibrate_latency(
             site,
         });
     }
-    let bare = loops.map(|(probed, ..)| median_ns(probed, 1000) as u64);
+    let bare = loops.map(|(probed, ..)| bare_ns(probed) as u64);
     let session = Session::attach(&Request {
         executable: executable.as_fd(),
         pid: Pid::this(),
@@ -193,8 +193,18 @@ impl Taxes {
     }
 }
 
+/// Nanoseconds a round without probes: of the fastest batch, since whatever interrupts makes it longer.
+fn bare_ns(probed: ProbedLoop) -> f64 {
+    batches_ns(probed, 100)[0]
+}
+
 /// Nanoseconds a round, the median of some batches of `rounds`.
 fn median_ns(probed: ProbedLoop, rounds: u64) -> f64 {
+    batches_ns(probed, rounds)[BATCHES / 2]
+}
+
+/// Nanoseconds a round of some batches, the fastest first.
+fn batches_ns(probed: ProbedLoop, rounds: u64) -> [f64; BATCHES] {
     let mut batches = [0.0; BATCHES];
     for batch in &mut batches {
         let start = Instant::now();
@@ -202,5 +212,5 @@ fn median_ns(probed: ProbedLoop, rounds: u64) -> f64 {
         *batch = start.elapsed().as_nanos() as f64 / rounds as f64;
     }
     batches.sort_by(f64::total_cmp);
-    batches[BATCHES / 2]
+    batches
 }
