@@ -10,8 +10,9 @@ use deferprof_symbols::FileOffset;
 // instructions are of the kinds that a plan most often has: a direct call, and a plain move. They
 // run in what looks like a goroutine, on top of a chain of 8 frames, as deep as a handler of a server is, which ends there: Rust
 // uses the frame pointer for other things, and a walk that faults costs more than one that ends.
-// Between two hits they spin for about a microsecond: right behind one another, as no program has
-// them, hits cost a third of a microsecond more.
+// Between two hits they wait for about a microsecond of the processor's clock, which takes the same
+// time however busy the machine is: right behind one another, as no program has them, hits cost a
+// third of a microsecond more.
 #[cfg(target_arch = "x86_64")]
 global_asm!(
     ".pushsection .text.deferprof_probed_loop, \"ax\", @progbits",
@@ -37,9 +38,12 @@ global_asm!(
     ".endr",
     "jmp rax",
     "deferprof_probed_call: call 2f", // emulated
-    "mov ecx, 2000",
-    "5: dec ecx",
-    "jnz 5b",
+    "rdtsc",
+    "mov esi, eax",
+    "5: rdtsc",
+    "sub eax, esi",
+    "cmp eax, 2000",
+    "jb 5b",
     "dec rdi",
     "deferprof_behind_call: jnz deferprof_probed_call", // emulated
     "4: add rsp, 8 * 16 + 16",
@@ -47,9 +51,12 @@ global_asm!(
     "pop rbp",
     "2: ret",
     "deferprof_probed_move: mov rax, rdi", // single-stepped
-    "mov ecx, 2000",
-    "5: dec ecx",
-    "jnz 5b",
+    "rdtsc",
+    "mov esi, eax",
+    "5: rdtsc",
+    "sub eax, esi",
+    "cmp eax, 2000",
+    "jb 5b",
     "dec rdi",
     "deferprof_behind_move: jnz deferprof_probed_move", // emulated
     "jmp 4b",
@@ -79,9 +86,12 @@ global_asm!(
     ".endr",
     "br x10",
     "deferprof_probed_call: bl 2f", // emulated
-    "mov x9, #2000",
-    "5: subs x9, x9, #1",
-    "b.ne 5b",
+    "mrs x12, cntfrq_el0",
+    "mrs x9, cntvct_el0",
+    "5: mrs x10, cntvct_el0",
+    "sub x10, x10, x9",
+    "cmp x10, x12, lsr #20",
+    "b.lo 5b",
     "subs x0, x0, #1",
     "deferprof_behind_call: b.ne deferprof_probed_call", // emulated
     "4: add sp, sp, #8 * 16 + 16",
@@ -89,9 +99,12 @@ global_asm!(
     "ldp x29, x30, [sp], #16",
     "2: ret",
     "deferprof_probed_move: mov x9, x0", // single-stepped
-    "mov x9, #2000",
-    "5: subs x9, x9, #1",
-    "b.ne 5b",
+    "mrs x12, cntfrq_el0",
+    "mrs x9, cntvct_el0",
+    "5: mrs x10, cntvct_el0",
+    "sub x10, x10, x9",
+    "cmp x10, x12, lsr #20",
+    "b.lo 5b",
     "subs x0, x0, #1",
     "deferprof_behind_move: b.ne deferprof_probed_move", // emulated
     "b 4b",
