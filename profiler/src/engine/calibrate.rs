@@ -69,7 +69,8 @@ pub fn calibrate(link: LinkChoice, stacks: Option<NonZeroU32>) -> Result<Calibra
             return Err(EngineError::SelfTest { expected, counted });
         }
     }
-    let [emulated_ns, single_stepped_ns] = [0, 1].map(|index: usize| hit[index] - bare[index]);
+    let cost = |index: usize| (hit[index] - bare[index]).max(0.0);
+    let [emulated_ns, single_stepped_ns] = [0, 1].map(cost);
     Ok(Calibration {
         emulated_ns,
         single_stepped_ns,
