@@ -133,6 +133,11 @@ fn fixtures(arch: Arch) {
         assert!(missing.is_empty(), "{toolchain} {arch}: {missing:?}");
         println!("{toolchain} {arch}: sites by reason: {seen:?}");
     }
+    for minor in (13..=27).filter(|minor| Toolchain::find(&format!("1.{minor}")).is_err()) {
+        println!(
+            "go1.{minor} {arch}: skipped: no toolchain here; releases.rs has its esbuild, if any"
+        );
+    }
 }
 
 /// Compares the reasons with those that the fixture's source gives for this release, and returns
