@@ -72,7 +72,8 @@ pub fn now() -> u64 {
 /// goroutine touches it.
 #[inline(always)]
 fn goroutine<'a>(g: u64, now: u64) -> Option<&'a mut Goroutine> {
-    if GOROUTINES.get_ptr(&g).is_none() {
+    let mut entry = GOROUTINES.get_ptr_mut(&g);
+    if entry.is_none() {
         let new = Goroutine {
             epoch: now,
             tax: 0,
@@ -81,9 +82,10 @@ fn goroutine<'a>(g: u64, now: u64) -> Option<&'a mut Goroutine> {
             unwound: [[0; 2]; UNWOUND],
         };
         let _ = GOROUTINES.insert(&g, &new, 0);
+        entry = GOROUTINES.get_ptr_mut(&g);
     }
     // SAFETY: the pointer is into the map, and of the current goroutine's entry.
-    GOROUTINES.get_ptr_mut(&g).map(|entry| unsafe { &mut *entry })
+    entry.map(|entry| unsafe { &mut *entry })
 }
 
 /// A defer statement executed; what it holds belongs to the frame.
@@ -233,11 +235,13 @@ fn measured(hit: &Hit, time: Time, site: u32, start: u64, tax: u64) {
         add(sum, ns);
     }
     let key = latency::key(site, time, latency::bucket(ns));
-    if BUCKETS.get_ptr(&key).is_none() {
+    let mut counter = BUCKETS.get_ptr_mut(&key);
+    if counter.is_none() {
         // Another CPU may be doing the same: that an entry is there already is no failure.
         let _ = BUCKETS.insert(&key, &0, aya_ebpf::bindings::BPF_NOEXIST.into());
+        counter = BUCKETS.get_ptr_mut(&key);
     }
-    match BUCKETS.get_ptr_mut(&key) {
+    match counter {
         Some(counter) => add_one(counter),
         None => total(RunTotal::BucketsFull),
     }

@@ -1,6 +1,6 @@
-//! The programs that run in the kernel at each hit of a probe.
+//! The program that runs in the kernel at each hit of a probe.
 //!
-//! They must load on every kernel from 5.8 on, x86-64 and arm64, without BTF, so they are plain: no
+//! It must load on every kernel from 5.8 on, x86-64 and arm64, without BTF, so it is plain: no
 //! kfuncs, no ring buffer, no event a hit. Everything goes into maps that user space
 //! polls. What a kernel lacks is behind a constant: the verifier skips a branch that cannot be
 //! taken, unknown helpers in it and all.
@@ -165,13 +165,12 @@ fn answers(hit: &Hit, cookie: Cookie, stack: &stacks::Taken) -> bool {
 /// Whether a statement executes where the probe is.
 #[inline(always)]
 fn registers(cookie: Cookie) -> bool {
-    match LISTS.get(cookie.number()) {
-        Some(list) if cookie.role() == Role::Several as u32 => list.length != 0,
-        _ => {
-            cookie.role() == Role::Registered as u32
-                || cookie.role() == Role::RegisteredRecord as u32
-        }
+    if cookie.role() == Role::Several as u32 {
+        return LISTS
+            .get(cookie.number())
+            .is_some_and(|list| list.length != 0);
     }
+    cookie.role() == Role::Registered as u32 || cookie.role() == Role::RegisteredRecord as u32
 }
 
 /// A defer statement executed; false if there is no such site.

@@ -166,31 +166,65 @@ fn record(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
             site
         }
     };
-    ran(site, runner.path);
-    if LATENCY.load() != 0 {
+    let called = Called {
+        site,
+        path: runner.path,
+        sp,
+        record,
+    };
+    called.count(hit, runner)
+}
+
+/// A deferred call that a loop of the runtime is about to make.
+struct Called {
+    site: u32,
+    path: u64,
+    /// SP in the body of the function that deferred it.
+    sp: u64,
+    /// The record; 0 if it is open-coded.
+    record: u64,
+}
+
+impl Called {
+    #[inline(always)]
+    fn count(&self, hit: &Hit, runner: &Runner) -> Result<(), i32> {
+        ran(self.site, self.path);
+        if LATENCY.load() == 0 {
+            return Ok(());
+        }
         let high = hit.sp().wrapping_add(hit.depth);
-        // SAFETY: the helper checks the user's address.
-        let low = word(hit.g())?;
-        let depth = high.wrapping_sub(sp);
-        let held = if record >= low && record < high {
+        let depth = high.wrapping_sub(self.sp);
+        let on_stack = self.record == 0 || (word(hit.g())?..high).contains(&self.record);
+        let held = if on_stack {
             InFlightKey {
                 owner: hit.g(),
                 depth,
-                what: site.into(),
+                what: self.site.into(),
             }
         } else {
             InFlightKey {
-                owner: record,
+                owner: self.record,
                 depth: 0,
                 what: RECORD,
             }
         };
-        if runner.path != RunPath::Return as u64 {
+        if self.path != RunPath::Return as u64 {
             latency::unwind(hit, depth);
         }
-        latency::call(hit, site, &held, hit.depth.wrapping_sub(runner.frame));
+        latency::call(hit, self.site, &held, hit.depth.wrapping_sub(runner.frame));
+        Ok(())
     }
-    Ok(())
+}
+
+/// The frame that the runtime names by an address of its function, as linked.
+#[inline(always)]
+fn open_frame<'a>(deferreturn: u64) -> Option<&'a OpenFrame> {
+    // SAFETY: no entry is ever removed or changed while programs run.
+    let frame = unsafe { OPEN_FRAMES.get(&deferreturn) };
+    if frame.is_none() {
+        total(RunTotal::Unknown);
+    }
+    frame
 }
 
 /// The call of an open-coded frame's highest bit is about to be made.
@@ -207,13 +241,9 @@ fn frame(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
     if layout.by_records != 0 {
         let record = word(hit.g().wrapping_add(HEAD))?;
         let pc = word(record.wrapping_add(SP_AND_PC + 8))?.wrapping_sub(bias);
-        // SAFETY: no entry is ever removed or changed while programs run.
-        frame = match unsafe { OPEN_FRAMES.get(&pc) } {
+        frame = match open_frame(pc) {
             Some(frame) => frame,
-            None => {
-                total(RunTotal::Unknown);
-                return Ok(());
-            }
+            None => return Ok(()),
         };
         varp = word(record.wrapping_add(layout.varp))?;
         if path == RunPath::ASK {
@@ -238,13 +268,9 @@ fn frame(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
             return Ok(()); // The frame is done.
         }
         let pc = word(panic.wrapping_add(layout.retpc))?.wrapping_sub(bias);
-        // SAFETY: no entry is ever removed or changed while programs run.
-        frame = match unsafe { OPEN_FRAMES.get(&pc) } {
+        frame = match open_frame(pc) {
             Some(frame) => frame,
-            None => {
-                total(RunTotal::Unknown);
-                return Ok(());
-            }
+            None => return Ok(()),
         };
         varp = bits.wrapping_add(frame.bits);
         bit = highest(set);
@@ -260,21 +286,13 @@ fn frame(hit: &Hit, point: &RunPoint) -> Result<(), i32> {
     if site == NO_SITE {
         return Ok(());
     }
-    ran(site, path);
-    if LATENCY.load() != 0 {
-        let high = hit.sp().wrapping_add(hit.depth);
-        let depth = high.wrapping_sub(varp.wrapping_sub(frame.depth));
-        let held = InFlightKey {
-            owner: hit.g(),
-            depth,
-            what: site.into(),
-        };
-        if path != RunPath::Return as u64 {
-            latency::unwind(hit, depth);
-        }
-        latency::call(hit, site, &held, hit.depth.wrapping_sub(runner.frame));
-    }
-    Ok(())
+    let called = Called {
+        site,
+        path,
+        sp: varp.wrapping_sub(frame.depth),
+        record: 0,
+    };
+    called.count(hit, runner)
 }
 
 /// The number of the highest bit that is set, at least one of 8.

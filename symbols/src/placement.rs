@@ -40,7 +40,7 @@ pub(crate) fn open_coded(
     let emulated = |index: usize| {
         code.instructions
             .get(index)
-            .is_some_and(|i| i.probeable && i.kind.is_emulated())
+            .is_some_and(Instruction::takes_cheap_probe)
             && code.has_frame_pointer(index)
     };
     let diverts = |index: usize| findings.diverts.get(index).copied().unwrap_or(true);
@@ -94,7 +94,7 @@ pub(crate) fn call(
 ) -> Option<ProbePoint> {
     let emulated = |index: &usize| {
         let instruction = code.instructions.get(*index);
-        instruction.is_some_and(|i| i.probeable && i.kind.is_emulated())
+        instruction.is_some_and(Instruction::takes_cheap_probe)
     };
     let diverts = |index: &usize| findings.diverts.get(*index).copied().unwrap_or(true);
     let start = code.block_of(call)?.range.start;
@@ -130,7 +130,7 @@ pub(crate) fn entered(
     let mut behind = instructions.get(first..)?.iter();
     let found = loop {
         let instruction = behind.next()?;
-        if instruction.probeable && instruction.kind.is_emulated() {
+        if instruction.takes_cheap_probe() {
             break instruction;
         }
         Some(instruction).filter(straight)?;
@@ -174,7 +174,7 @@ pub(crate) fn after_call(
         if code.stack_key(index, 0) != sp {
             break;
         }
-        if instruction.probeable && instruction.kind.is_emulated() {
+        if instruction.takes_cheap_probe() {
             found = Some(index);
             break;
         }

@@ -13,8 +13,8 @@ use super::pool;
 use super::progress::Progress;
 use super::runs;
 use crate::engine::{
-    Calibration, Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, More, Questions,
-    Request, Session, Taxes, calibrate, calibrate_latency,
+    Counts, DEFAULT_STACKS, EngineError, LinkChoice, LinkKind, More, Questions, Request, Session,
+    Taxes, calibrate, calibrate_latency,
 };
 use crate::profile::{self, Profile, RawStack, Recording, SiteCount, Target, Window};
 use crate::target::Executable;
@@ -25,6 +25,8 @@ pub(super) struct Plan<'a> {
     sites: Vec<Site>,
     questions: Questions,
     warnings: Vec<String>,
+    /// Whether all of the binary's sites are watched.
+    whole: bool,
     stacks: bool,
     latency: bool,
     link: LinkChoice,
@@ -33,7 +35,8 @@ pub(super) struct Plan<'a> {
 /// What a hit costs here.
 #[derive(Clone, Copy)]
 pub(super) struct Costs {
-    hit: Calibration,
+    emulated_ns: f64,
+    single_stepped_ns: f64,
     /// If times are measured.
     taxes: Option<Taxes>,
 }
@@ -106,6 +109,7 @@ impl<'a> Plan<'a> {
         let (stacks, link) = (args.stacks, args.link.into());
         Ok(Self {
             binary,
+            whole: sites.len() == all,
             sites,
             questions,
             warnings,
@@ -122,28 +126,34 @@ impl<'a> Plan<'a> {
     /// What a hit costs here. Also the first to find out that probes cannot be used.
     pub(super) fn calibrate(&self, progress: &mut Progress) -> anyhow::Result<Costs> {
         let start = Instant::now();
-        let mut hit = calibrate(self.link, self.stacks())?;
-        let taxes = match self.latency {
-            true => Some(calibrate_latency(self.link, self.stacks())?),
-            false => None,
+        let costs = if self.latency {
+            let taxes = calibrate_latency(self.link, self.stacks())?;
+            Costs {
+                emulated_ns: taxes.emulated_ns as f64,
+                single_stepped_ns: taxes.single_stepped_ns as f64,
+                taxes: Some(taxes),
+            }
+        } else {
+            let hit = calibrate(self.link, self.stacks())?;
+            Costs {
+                emulated_ns: hit.emulated_ns,
+                single_stepped_ns: hit.single_stepped_ns,
+                taxes: None,
+            }
         };
-        if let Some(taxes) = taxes {
-            hit.emulated_ns = taxes.emulated_ns as f64;
-            hit.single_stepped_ns = taxes.single_stepped_ns as f64;
-        }
         progress.detail(&format!(
             "a hit costs {:.0} ns emulated, {:.0} ns single-stepped (measured in {:.1?})",
-            hit.emulated_ns,
-            hit.single_stepped_ns,
+            costs.emulated_ns,
+            costs.single_stepped_ns,
             start.elapsed()
         ));
-        if let Some(taxes) = taxes {
+        if let Some(taxes) = costs.taxes {
             progress.detail(&format!(
                 "times below {} ns ({} ns after a single-stepped hit) cannot be told from that",
                 taxes.emulated_floor_ns, taxes.single_stepped_floor_ns
             ));
         }
-        Ok(Costs { hit, taxes })
+        Ok(costs)
     }
 
     pub(super) fn arm(
@@ -217,10 +227,12 @@ impl<'a> Plan<'a> {
         warnings.extend(losses(&counts));
         warnings.extend(pool::doubts(&counts));
         warnings.extend(runs::doubts(&counts, &self.questions, self.sites.len()));
+        // Otherwise they are those of the sites that were left out.
+        warnings.extend(runs::unknown(&counts).filter(|_| self.whole));
         let stacks = self.stacks.then(|| self.stacks_of(&counts));
         // Hits of other processes are paid for by them.
-        let cost = costs.hit.single_stepped_ns * counts.single_stepped as f64
-            + costs.hit.emulated_ns * (counts.hits - counts.single_stepped) as f64;
+        let cost = costs.single_stepped_ns * counts.single_stepped as f64
+            + costs.emulated_ns * (counts.hits - counts.single_stepped) as f64;
         let taxes = costs.taxes.unwrap_or(Taxes::NONE);
         let recording = Recording {
             target: target(self.binary),

@@ -77,6 +77,17 @@ fn histogram(times: &Distribution, floor_ns: u64) -> Histogram {
     }
 }
 
+/// What to say of deferred calls that no site was seen to register.
+pub(super) fn unknown(counts: &Counts) -> Option<String> {
+    let unknown = counts.runs.as_ref()?.unknown;
+    (unknown > 0).then(|| {
+        format!(
+            "{unknown} deferred calls are in no site's `ran`: of other Go code in the process, or \
+             registered in range-over-func bodies before the recording began"
+        )
+    })
+}
+
 /// What is not certain, a sentence each.
 pub(super) fn doubts(counts: &Counts, questions: &Questions, sites: usize) -> Vec<String> {
     let mut sentences = Vec::new();

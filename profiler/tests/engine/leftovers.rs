@@ -23,6 +23,16 @@ pub fn links_of(pid: Pid) -> Vec<u32> {
     ids
 }
 
+/// How many trace events the kernel has that a process has defined.
+pub fn events_of(pid: Pid) -> usize {
+    let events = fs::read_dir("/sys/kernel/tracing/events/deferprof");
+    let own = format!("p{pid}_");
+    let names = events.into_iter().flatten().flatten();
+    names
+        .filter(|event| event.file_name().to_string_lossy().starts_with(&own))
+        .count()
+}
+
 /// Whether the kernel has a BPF link of that id: BPF_LINK_GET_FD_BY_ID (Linux 5.8).
 pub fn link_exists(id: u32) -> bool {
     const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;

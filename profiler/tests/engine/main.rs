@@ -258,6 +258,12 @@ fn another_process_of_the_same_executable_is_not_counted() {
 fn a_child_that_has_not_executed_the_file_yet_is_counted_once_it_does() {
     let (_turn, kinds) = links();
     for kind in kinds {
+        if kind == LinkKind::TraceEvent {
+            // It knows a probe by its address, and this executable gets another when it is executed;
+            // `ran::run_trace_1_27` runs one that does not.
+            println!("skipped for {}: position-independent", kind.as_str());
+            continue;
+        }
         let mut target = target::Waiting::fork();
         let executable = std::fs::File::open("/proc/self/exe").unwrap();
         let probes = [probe(Place::Leaf, 0), probe(Place::LeafStep, 1)];
@@ -382,9 +388,16 @@ fn detaching_leaves_no_link() {
         let probes = [probe(Place::Leaf, 0), probe(Place::CallA, 0)];
         let session = Session::attach(&request(&target, &probes, 1, kind)).unwrap();
         let ids = leftovers::links_of(Pid::this());
-        assert_eq!(ids.len(), if kind == LinkKind::UprobeMulti { 1 } else { 2 });
+        let (links, events) = match kind {
+            LinkKind::UprobeMulti => (1, 0),
+            LinkKind::TraceEvent => (0, 1),
+            _ => (2, 0),
+        };
+        assert_eq!(ids.len(), links, "{kind:?}");
+        assert_eq!(leftovers::events_of(Pid::this()), events, "{kind:?}");
         assert!(ids.iter().all(|id| leftovers::link_exists(*id)));
         session.detach().unwrap();
+        assert_eq!(leftovers::events_of(Pid::this()), 0, "{kind:?}");
         assert!(
             !ids.iter().any(|id| leftovers::link_exists(*id)),
             "{kind:?}"
@@ -399,7 +412,9 @@ fn a_killed_deferprof_leaves_no_link() {
         let mut target = Target::start("target");
         let mut attacher = Target::start(&format!("{} {}", kind.as_str(), target.pid()));
         let ids = leftovers::links_of(attacher.pid());
-        assert!(!ids.is_empty() && ids.iter().all(|id| leftovers::link_exists(*id)));
+        // The definition of a trace event stays, without its breakpoints: tests/leftovers.rs.
+        assert_eq!(ids.is_empty(), kind == LinkKind::TraceEvent, "{kind:?}");
+        assert!(ids.iter().all(|id| leftovers::link_exists(*id)));
         attacher.child.kill().unwrap();
         attacher.child.wait().unwrap();
         assert!(

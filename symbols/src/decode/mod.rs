@@ -162,6 +162,11 @@ impl Op {
 }
 
 impl Instruction {
+    /// Whether a probe here costs one trap.
+    pub fn takes_cheap_probe(&self) -> bool {
+        self.probeable && self.kind.is_emulated()
+    }
+
     fn new(address: VirtualAddress) -> Self {
         Self {
             address,

@@ -1,5 +1,6 @@
 //! Probes in the runtime itself, found by decoding its functions.
 
+mod loops;
 mod pool;
 mod runs;
 

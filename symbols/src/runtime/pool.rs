@@ -12,7 +12,7 @@
 
 use super::{Decoded, Search};
 use crate::VirtualAddress;
-use crate::decode::Op;
+use crate::decode::{Instruction, Op};
 use crate::elf::Image;
 use crate::module::Module;
 use crate::plan::ProbePoint;
@@ -237,7 +237,7 @@ impl Search<'_, '_> {
         let end = function.code.block_of(call)?.range.end;
         (call + 1..end).find(|index| {
             let instruction = function.code.instructions.get(*index);
-            instruction.is_some_and(|i| i.probeable && i.kind.is_emulated())
+            instruction.is_some_and(Instruction::takes_cheap_probe)
         })
     }
 

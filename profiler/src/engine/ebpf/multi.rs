@@ -27,7 +27,7 @@ pub(super) fn attach(
             _ if sys::is_permission(&error) => {
                 EngineError::not_permitted(action(), object::NEEDED, error)
             }
-            _ if links::is_refusal(&error) => match refused(probes, &link) {
+            _ if links::is_refusal(&error) => match links::refused(probes, &link) {
                 Some((probe, source)) => EngineError::InvalidProbe {
                     offset: probe.offset,
                     source,
@@ -61,26 +61,4 @@ fn link(program: BorrowedFd<'_>, path: &CStr, probes: &[Placed], pid: Pid) -> io
     });
     let filter = if *BUG { Pid::from_raw(0) } else { pid };
     sys::link_uprobe_multi(program, path, &offsets, &cookies, filter)
-}
-
-/// The first probe that the kernel refuses. The error of the whole does not name it, so it is
-/// looked for by halves: about 14 attempts for 10,000 probes.
-fn refused(
-    mut probes: &[Placed],
-    link: &dyn Fn(&[Placed]) -> io::Result<OwnedFd>,
-) -> Option<(Placed, io::Error)> {
-    loop {
-        if let [probe] = probes {
-            return Some((*probe, link(probes).err()?));
-        }
-        let (first, second) = probes.split_at_checked(probes.len() / 2)?;
-        if first.is_empty() {
-            return None;
-        }
-        probes = match link(first) {
-            Ok(_) => second,
-            Err(error) if links::is_refusal(&error) => first,
-            Err(_) => return None,
-        };
-    }
 }

@@ -29,7 +29,11 @@ pub(super) fn addresses(
 ) -> Result<Vec<u64>, EngineError> {
     let failed = |error| EngineError::system("find where the target's code is in memory", error);
     let file = File::from(executable.try_clone_to_owned().map_err(failed)?);
-    let mut segments = mapped(&file, pid).map_err(failed)?;
+    let mut segments = mapped(&file, pid).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => EngineError::NoTarget { pid },
+        _ if error.raw_os_error() == Some(nix::libc::ESRCH) => EngineError::NoTarget { pid },
+        _ => failed(error),
+    })?;
     if segments.is_empty() {
         // It has not executed the file yet.
         segments = linked(&file).map_err(failed)?.ok_or_else(unknown)?;

@@ -68,25 +68,26 @@ pub(super) fn attach(
     };
     let mount = mount().map_err(explain)?;
     remove_stale(mount);
-    let definition = Definition::new(mount);
-    definition
-        .define(&path.to_string_lossy(), probes)
-        .map_err(|(error, probe)| match probe {
-            Some(probe) if links::is_refusal(&error) => EngineError::InvalidProbe {
-                offset: probe.offset,
-                source: error,
-            },
-            _ => explain(error),
-        })?;
-    let open = || {
+    let attach = |probes: &[Placed]| {
+        let definition = Definition::new(mount);
+        definition.define(&path.to_string_lossy(), probes)?;
         let event = sys::open_tracepoint(definition.number()?, pid)?;
         sys::set_program(event.as_fd(), program.as_fd())?;
-        Ok(event)
+        Ok(TraceEvent {
+            event: Some(event),
+            definition,
+        })
     };
-    let event = open().map_err(explain)?;
-    Ok(TraceEvent {
-        event: Some(event),
-        definition,
+    attach(probes).map_err(|error| match links::is_refusal(&error) {
+        // Which one it is the kernel does not say.
+        true => match links::refused(probes, &attach) {
+            Some((probe, source)) => EngineError::InvalidProbe {
+                offset: probe.offset,
+                source,
+            },
+            None => explain(error),
+        },
+        false => explain(error),
     })
 }
 
@@ -131,25 +132,20 @@ impl Definition {
         }
     }
 
-    /// Writes it. An error comes with the probe that it is about, as far as that is known.
-    fn define(&self, path: &str, probes: &[Placed]) -> Result<(), (io::Error, Option<Placed>)> {
+    /// Writes it.
+    fn define(&self, path: &str, probes: &[Placed]) -> io::Result<()> {
         let events = self.mount.join("uprobe_events");
-        let file = OpenOptions::new().append(true).open(events);
-        let mut file = file.map_err(|error| (error, None))?;
+        let mut file = OpenOptions::new().append(true).open(events)?;
         let mut text = String::new();
-        let mut last = None;
         for probe in probes {
             // Writing to a string does not fail.
             let _ = writeln!(text, "p:{GROUP}/{} {path}:{:#x}", self.name, probe.offset.0);
-            last = Some(*probe);
             if text.len() > CHUNK {
-                file.write_all(text.as_bytes())
-                    .map_err(|error| (error, last))?;
+                file.write_all(text.as_bytes())?;
                 text.clear();
             }
         }
         file.write_all(text.as_bytes())
-            .map_err(|error| (error, last))
     }
 
     /// The number by which the event is opened.
