@@ -58,10 +58,14 @@ static BY_ADDRESS: Global<u32> = Global::new(0);
 static TAKE_STACKS: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static LATENCY: Global<u32> = Global::new(0);
+// Never anything else.
+#[unsafe(no_mangle)]
+static NEVER: Global<u32> = Global::new(0);
 
 /// Runs at every hit of every probe. What an instruction stands for is in its cookie.
 #[uprobe]
 fn watch(ctx: ProbeContext) -> u32 {
+    keep_own_stack();
     if !is_counting() {
         return 0;
     }
@@ -103,6 +107,28 @@ fn watch(ctx: ProbeContext) -> u32 {
         latency::end_hit(&hit, cookie.is_single_stepped());
     }
     0
+}
+
+/// Has the program run on the kernel stack of the thread that hits the probe.
+///
+/// Since Linux 6.13 a program of this type gets a private stack, one per CPU, as soon as its frame has
+/// 64 bytes (`bpf_enable_priv_stack` in kernel/bpf/verifier.c), on the ground that no other run of it
+/// starts on that CPU before it ends. The kernel sees to that for kprobes, but not for uprobes: one
+/// thread of the target preempts another in the midst of the program, and both write to one stack,
+/// pointers included. Seen on 7.3 with lazy preemption: an oops within minutes. A program with a
+/// tail call has no private stack, even where the verifier finds that the call is never made (and
+/// removes it without a look at its arguments).
+#[inline(always)]
+fn keep_own_stack() {
+    if NEVER.load() != 0 {
+        // SAFETY: never executed.
+        unsafe {
+            core::arch::asm!(
+                "call 12", // bpf_tail_call
+                out("r0") _, out("r1") _, out("r2") _, out("r3") _, out("r4") _, out("r5") _,
+            );
+        }
+    }
 }
 
 /// Answers the questions about sites that an instruction stands for, in the order in which it
