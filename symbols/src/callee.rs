@@ -53,7 +53,7 @@ impl Namer<'_, '_> {
         let len = func.end.offset_from(func.entry)?.min(LONGEST);
         let bytes = self.image.read(func.entry, len)?;
         let inlined = table.first_inlined(func);
-        for instruction in decode::function(self.image.architecture, func.entry, bytes) {
+        for instruction in decode::from_entry(self.image.architecture, func.entry, bytes) {
             if inlined.is_some_and(|start| start <= instruction.address) {
                 break;
             }

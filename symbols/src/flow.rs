@@ -5,17 +5,18 @@
 //! at each instruction is recorded on the way; a block that is visited again, knowing less, records
 //! afresh, so that the last visit is the one that counts.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
+use crate::blocks::Block;
 use crate::calls::Callee;
-use crate::code::{Block, Code};
+use crate::code::Code;
 use crate::decode::{Conventions, Faults, Flow, Instruction, Op, Operand, Place, Register};
 use crate::elf::Image;
 use crate::module::OpenDefers;
 use crate::state::{REGISTERS, State};
-use crate::value::{Bits, Value};
+use crate::value::{Bits, SMALLEST_ADDRESS, Value};
+use crate::worklist::{Spare, Worklist};
 use crate::{Mechanism, VirtualAddress};
 
 /// What was found in one function; indices are into its instructions.
@@ -81,6 +82,7 @@ impl<'a> Analysis<'a> {
         image: &'a Image<'a>,
         open: Option<&'a OpenDefers>,
         objects: Option<Vec<Range<i64>>>,
+        spare: &mut Spare,
     ) -> Findings {
         let conventions = image.architecture.conventions();
         let mut analysis = Self {
@@ -100,7 +102,7 @@ impl<'a> Analysis<'a> {
             None => analysis.findings.bits_set = u8::MAX,
         }
         analysis.findings.diverts = vec![true; code.instructions.len()];
-        analysis.findings.settled = analysis.settle();
+        analysis.findings.settled = analysis.settle(spare);
         analysis.findings
     }
 
@@ -133,41 +135,20 @@ impl<'a> Analysis<'a> {
     }
 
     /// Visits blocks until their states at entry no longer change; false if they would not settle.
-    fn settle(&mut self) -> bool {
+    fn settle(&mut self, spare: &mut Spare) -> bool {
         /// Blocks are visited again only while they learn something: twice, on the average, and a
         /// state holds some dozens of facts. Code that takes far more work is not the compiler's.
         const WORK_PER_INSTRUCTION: usize = 512;
-        /// What the states of all blocks hold at a time; a thousandth is usual.
-        const MOST_HELD: usize = 2 << 20;
-        let mut held = 0usize;
         let code = self.code;
         let instructions = code.instructions.len();
-        let mut states: Vec<Option<State>> = vec![None; code.blocks.len()];
-        let mut visited = vec![false; code.blocks.len()];
-        if let Some(first) = states.first_mut() {
-            *first = Some(State::at_entry(instructions));
-        }
-        // In order of address, which is close to the order of execution.
-        let mut waiting = BTreeSet::from([0usize]);
         let mut budget = instructions
             .saturating_mul(WORK_PER_INSTRUCTION)
             .saturating_add(1 << 20);
-        while let Some(at) = waiting.pop_first() {
-            let (Some(block), Some(known)) = (code.blocks.get(at), states.get_mut(at)) else {
-                continue;
-            };
-            // The only predecessor of a block brings its state anew, should it change.
-            let state = if block.previous.len() > 1 {
-                known.clone()
-            } else {
-                known.take()
-            };
-            let Some(mut state) = state else { continue };
-            let facts = state.facts();
-            if block.previous.len() <= 1 {
-                held = held.saturating_sub(facts);
-            }
-            let work = facts.saturating_mul(1 + block.next.len()) + block.range.len();
+        let mut visited = vec![false; code.blocks.len()];
+        let entry = State::at_entry(instructions);
+        let mut worklist = Worklist::new(&code.blocks, &entry, spare);
+        while let Some((at, block, mut state)) = worklist.next() {
+            let work = (state.facts()).saturating_mul(1 + block.next.len()) + block.range().len();
             let Some(left) = budget.checked_sub(work) else {
                 return false;
             };
@@ -175,33 +156,24 @@ impl<'a> Analysis<'a> {
             if let Some(again) = visited.get_mut(at)
                 && std::mem::replace(again, true)
             {
-                state.enter(&block.range);
-                self.forget(&block.range);
+                state.enter(&block.range());
+                self.forget(&block.range());
             }
-            for index in block.range.clone() {
+            for index in block.range() {
                 self.step(&mut state, index);
             }
+            let not_nil = self.not_nil_behind(&state, block);
+            let learned = |at| not_nil.filter(|known| known.0 == at).map(|known| known.1);
             let Some((last, others)) = block.next.split_last() else {
+                worklist.give_back(state);
                 continue;
             };
-            let new = |next: &&usize| states.get(**next).is_some_and(Option::is_none);
-            let copies = block.next.iter().filter(new).count();
-            held = held.saturating_add(copies.saturating_mul(state.facts()));
-            if held > MOST_HELD {
-                return false;
-            }
-            let not_nil = self.not_nil_behind(&state, block);
             for next in others {
-                let mut state = Cow::Borrowed(&state);
-                learn(&mut state, *next, not_nil);
-                if merge(&mut states, code, *next, state) {
-                    waiting.insert(*next);
-                }
+                worklist.reach(*next, &state, learned(*next));
             }
-            let mut state = Cow::Owned(state);
-            learn(&mut state, *last, not_nil);
-            if merge(&mut states, code, *last, state) {
-                waiting.insert(*last);
+            worklist.reach_last(*last, state, learned(*last));
+            if worklist.overflows() {
+                return false;
             }
         }
         true
@@ -219,8 +191,8 @@ impl<'a> Analysis<'a> {
     }
 
     /// The block behind a branch in which a pointer is known not to be nil, and that pointer.
-    fn not_nil_behind(&self, state: &State, block: &Block) -> Option<(usize, u32)> {
-        let last = block.range.clone().next_back()?;
+    fn not_nil_behind(&self, state: &State, block: Block<'_>) -> Option<(usize, u32)> {
+        let last = block.range().next_back()?;
         let branch = self.code.instructions.get(last)?;
         let (Flow::Branch(_), Some(test)) = (branch.flow, branch.zero_test) else {
             return None;
@@ -229,7 +201,9 @@ impl<'a> Analysis<'a> {
             Some(register) => register,
             // The flags are those of the instruction before.
             None => {
-                let before = last.checked_sub(1).filter(|i| block.range.contains(i))?;
+                let before = last
+                    .checked_sub(1)
+                    .filter(|before| *before >= block.start)?;
                 self.code.instructions.get(before)?.tests?
             }
         };
@@ -237,7 +211,7 @@ impl<'a> Analysis<'a> {
             return None;
         };
         // Successors are: where the branch leads, then what follows it.
-        let [target, following] = block.next.as_slice() else {
+        let [target, following] = block.next else {
             return None;
         };
         let at = if test.taken_if_zero {
@@ -337,9 +311,6 @@ impl<'a> Analysis<'a> {
             .copied()
             .unwrap_or(Callee::Other);
         self.record(state, index, instruction, callee);
-        if let Faults::ThroughBase(base) = instruction.faults {
-            state.dereference(base);
-        }
         if !self.store(state, index, instruction) {
             self.compute(state, index, instruction.op);
         }
@@ -387,8 +358,13 @@ impl<'a> Analysis<'a> {
                     .slot_stores
                     .insert(index, SlotStore { bit, closure });
             }
-            let useless = matches!(value, Value::Defined(_) | Value::Bits(_))
-                && self.loaded.binary_search(&key).is_err();
+            // Of a cell that is not loaded from only the address of a closure is of use.
+            let useless = match value {
+                Value::Defined(_) | Value::Bits(_) | Value::Constant(..SMALLEST_ADDRESS) => {
+                    self.loaded.binary_search(&key).is_err()
+                }
+                _ => false,
+            };
             state.put(key, size, if useless { Value::Unknown } else { value });
         }
         true
@@ -492,10 +468,16 @@ impl<'a> Analysis<'a> {
         }
     }
 
-    fn record(&mut self, state: &State, index: usize, instruction: &Instruction, callee: Callee) {
+    fn record(
+        &mut self,
+        state: &mut State,
+        index: usize,
+        instruction: &Instruction,
+        callee: Callee,
+    ) {
         let may_fault = match instruction.faults {
             Faults::Never => false,
-            Faults::ThroughBase(base) => !state.is_mapped(base, self.conventions.g),
+            Faults::ThroughBase(base) => !state.dereference(base, self.conventions.g),
             Faults::Maybe => true,
         };
         let may_panic = match instruction.flow {
@@ -541,33 +523,6 @@ impl<'a> Analysis<'a> {
             .code
             .stack_key(index, self.conventions.stack_arguments + skip);
         state.cell(key)
-    }
-}
-
-/// Joins a state into the start of block `at`; true if the block has something to learn.
-fn merge(states: &mut [Option<State>], code: &Code, at: usize, state: Cow<'_, State>) -> bool {
-    let alone = code.blocks.get(at).is_some_and(|b| b.previous.len() <= 1);
-    match states.get_mut(at) {
-        Some(place) if alone => {
-            *place = Some(state.into_owned());
-            true
-        }
-        Some(Some(known)) => known.join(&state),
-        Some(unknown) => {
-            *unknown = Some(state.into_owned());
-            true
-        }
-        None => false,
-    }
-}
-
-/// Adds to the state at the start of block `at` what a branch to it has shown.
-fn learn(state: &mut Cow<'_, State>, at: usize, not_nil: Option<(usize, u32)>) {
-    if let Some((place, definition)) = not_nil
-        && place == at
-        && let Err(at) = state.dereferenced.binary_search(&definition)
-    {
-        state.to_mut().dereferenced.insert(at, definition);
     }
 }
 

@@ -209,7 +209,8 @@ pub fn decode_arm64(data: &[u8]) {
 }
 
 fn decoded(architecture: Architecture, data: &[u8]) {
-    let code = decode::function(architecture, VirtualAddress(0x40_0000), data);
+    let mut code = Vec::new();
+    decode::function(architecture, VirtualAddress(0x40_0000), data, &mut code);
     assert!(code.is_sorted_by_key(|i| i.address));
     assert!(code.len() <= data.len());
 }

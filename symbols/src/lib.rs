@@ -18,6 +18,7 @@
 
 mod address;
 mod binary;
+mod blocks;
 mod buildinfo;
 mod bytes;
 mod callee;
@@ -42,6 +43,7 @@ mod selfcheck;
 mod sites;
 mod state;
 mod value;
+mod worklist;
 
 pub use address::{FileOffset, VirtualAddress};
 pub use binary::{Binary, Frame};

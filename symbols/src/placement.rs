@@ -9,8 +9,9 @@
 //! starts), and before it only if it always returns. Passed over is what has no frame pointer of the
 //! function's own, without which the stack cannot be walked.
 
+use crate::blocks::Block;
 use crate::bytes::Bytes;
-use crate::code::{Block, Code};
+use crate::code::Code;
 use crate::decode::{self, Faults, Flow, Instruction};
 use crate::elf::Image;
 use crate::flow::Findings;
@@ -50,7 +51,7 @@ pub(crate) fn open_coded(
     let mut current = Some(block);
     for _ in 0..FARTHEST {
         let Some(block) = current else { break };
-        for index in from..block.range.end {
+        for index in from..block.end {
             if emulated(index) {
                 return at(image, code, index, Basis::AfterSlotStore);
             }
@@ -60,17 +61,17 @@ pub(crate) fn open_coded(
             }
         }
         current = current
-            .and_then(|block| only(&block.next))
+            .and_then(|block| only(block.next))
             .and_then(|next| code.blocks.get(next))
             .filter(|next| next.previous.len() == 1);
-        from = current.map_or(0, |block| block.range.start);
+        from = current.map_or(0, |block| block.start);
     }
     // Backwards likewise, and across a detour that always comes back, such as a write barrier's.
     let mut before = store;
     let mut current = Some(block);
     for _ in 0..FARTHEST {
         let Some(block) = current else { break };
-        for index in (block.range.start..before).rev() {
+        for index in (block.start..before).rev() {
             if diverts(index) {
                 current = None;
                 break;
@@ -80,7 +81,7 @@ pub(crate) fn open_coded(
             }
         }
         current = current.and_then(|block| dominator(code, block, diverts));
-        before = current.map_or(0, |block| block.range.end);
+        before = current.map_or(0, |block| block.end);
     }
     at(image, code, store, Basis::SlotStore)
 }
@@ -97,7 +98,7 @@ pub(crate) fn call(
         instruction.is_some_and(Instruction::takes_cheap_probe)
     };
     let diverts = |index: &usize| findings.diverts.get(*index).copied().unwrap_or(true);
-    let start = code.block_of(call)?.range.start;
+    let start = code.block_of(call)?.start;
     let before = (start..call).rev().take_while(|index| !diverts(index));
     let index = std::iter::once(call).chain(before).find(emulated);
     at(image, code, index.unwrap_or(call), Basis::ExitCall)
@@ -116,20 +117,15 @@ pub(crate) fn entered(
     let func = table.find(image, entry).filter(|f| f.entry == entry)?;
     let length = func.end.offset_from(entry)?.min(BYTES);
     let bytes = Bytes(image.read(entry, length)?).0;
-    let instructions = decode::function(image.architecture, entry, bytes);
+    let mut instructions = decode::from_entry(image.architecture, entry, bytes).peekable();
     // A function without a stack check starts with its frame.
-    let check = instructions
-        .iter()
-        .take(STACK_CHECK)
-        .position(|i| matches!(i.flow, Flow::Branch(_)));
-    let first = match instructions.first()?.kind {
-        InstructionKind::Push => 0,
-        _ => check? + 1,
-    };
-    let straight = |i: &&Instruction| i.flow == Flow::Next && i.faults == Faults::Never;
-    let mut behind = instructions.get(first..)?.iter();
+    if instructions.peek()?.kind != InstructionKind::Push {
+        let mut check = instructions.by_ref().take(STACK_CHECK);
+        check.find(|i| matches!(i.flow, Flow::Branch(_)))?;
+    }
+    let straight = |i: &Instruction| i.flow == Flow::Next && i.faults == Faults::Never;
     let found = loop {
-        let instruction = behind.next()?;
+        let instruction = instructions.next()?;
         if instruction.takes_cheap_probe() {
             break instruction;
         }
@@ -199,22 +195,22 @@ fn only(blocks: &[usize]) -> Option<usize> {
 /// nowhere else, or the head of an `if` without `else` whose body always comes to its end.
 fn dominator<'a>(
     code: &'a Code,
-    block: &Block,
+    block: Block<'_>,
     diverts: impl Fn(usize) -> bool,
-) -> Option<&'a Block> {
+) -> Option<Block<'a>> {
     let get = |at: usize| code.blocks.get(at);
-    if let Some(previous) = only(&block.previous) {
-        return get(previous).filter(|p| p.next.len() == 1 && !p.range.is_empty());
+    if let Some(previous) = only(block.previous) {
+        return get(previous).filter(|p| p.next.len() == 1 && !p.range().is_empty());
     }
-    let [a, b] = block.previous.as_slice() else {
+    let [a, b] = block.previous else {
         return None;
     };
     [(*a, *b), (*b, *a)].into_iter().find_map(|(head, body)| {
         let inside = get(body)?;
-        let returns = only(&inside.previous) == Some(head)
-            && only(&inside.next).is_some()
-            && !inside.range.is_empty()
-            && !inside.range.clone().any(&diverts);
-        get(head).filter(|h| returns && h.next.len() == 2 && !h.range.is_empty())
+        let returns = only(inside.previous) == Some(head)
+            && only(inside.next).is_some()
+            && !inside.range().is_empty()
+            && !inside.range().any(&diverts);
+        get(head).filter(|h| returns && h.next.len() == 2 && !h.range().is_empty())
     })
 }

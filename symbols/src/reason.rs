@@ -26,17 +26,22 @@ pub(crate) struct Facts<'a> {
 
 /// The reason for one site of mechanism `mechanism`; `None` for open-coded ones. `of_stack` is the
 /// reason for the stack sites of its function.
-pub(crate) fn of(mechanism: Mechanism, of_stack: Reason) -> Option<Reason> {
+pub(crate) fn of(mechanism: Mechanism, of_stack: Option<Reason>) -> Option<Reason> {
     match mechanism {
         Mechanism::OpenCoded => None,
         Mechanism::Heap => Some(Reason::Loop),
         Mechanism::RangeFunc => Some(Reason::RangeFunc),
-        Mechanism::Stack => Some(of_stack),
+        Mechanism::Stack => of_stack,
     }
 }
 
-/// Why a function has stack sites: one reason for all of them.
-pub(crate) fn of_stack(facts: &Facts<'_>) -> Reason {
+/// Why a function has stack sites, if it has: one reason for all of them.
+pub(crate) fn of_stack(facts: &Facts<'_>) -> Option<Reason> {
+    let has_some = facts.mechanisms.contains(&Mechanism::Stack);
+    has_some.then(|| rule(facts))
+}
+
+fn rule(facts: &Facts<'_>) -> Reason {
     let calls = |callee| facts.calls.iter().filter(|c| **c == callee).count();
     let has = |mechanism| facts.mechanisms.contains(&mechanism);
     let sites = facts.mechanisms.len();

@@ -14,6 +14,7 @@ use crate::pclntab::Func;
 use crate::plan::Basis;
 use crate::reason::{self, Facts};
 use crate::release::Release;
+use crate::worklist::Spare;
 use crate::{Exit, Mechanism, Site, SiteId, VirtualAddress, placement, selfcheck};
 
 /// What the search for sites works on.
@@ -23,6 +24,13 @@ pub(crate) struct Search<'a, 'data> {
     pub release: Release,
     /// What [`reason::optimizations_off`] says of the build.
     pub optimizations_off: bool,
+}
+
+/// What one thread uses again for each function.
+#[derive(Default)]
+struct Scratch {
+    code: Code,
+    spare: Spare,
 }
 
 /// A site before it has its ordinal.
@@ -40,12 +48,12 @@ impl Search<'_, '_> {
     pub fn run(&self) -> (Vec<Site>, Vec<String>) {
         /// Fewer are not worth a thread.
         const LEAST_A_THREAD: usize = 64;
+        /// Functions that a thread takes at a time.
+        const BATCH: usize = 16;
         /// A hundred times what the largest programs need.
         const MOST_MEMORY: usize = 256 << 20;
-        /// For each thread. More say nothing new.
-        const MOST_WARNINGS: usize = 50;
-        let omitted = AtomicUsize::new(0);
-        let omitted = &omitted;
+        /// More say nothing new.
+        const MOST_WARNINGS: usize = 100;
         let (funcs, callees, mut warnings) = self.functions();
         let callees = &callees;
         if !funcs.is_empty() && callees.entry_of(Callee::DeferReturn).is_none() {
@@ -57,45 +65,59 @@ impl Search<'_, '_> {
         }
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = processors.min(funcs.len() / LEAST_A_THREAD).max(1);
-        // Interleaved, since large functions stand together.
-        let share = |first: usize| {
-            let (mut sites, mut warnings) = (Vec::new(), Vec::new());
+        let taken = AtomicUsize::new(0);
+        let omitted = AtomicUsize::new(0);
+        let share = || {
+            let mut sites = Vec::new();
+            // With the function's number, since threads take turns as they can.
+            let mut warnings: Vec<(usize, String)> = Vec::new();
             let mut room = MOST_MEMORY / threads;
-            for func in funcs.iter().skip(first).step_by(threads) {
-                self.function(*func, callees, &mut sites, &mut warnings, &mut room);
-                let more = warnings.len().saturating_sub(MOST_WARNINGS);
-                if more > 0 {
-                    warnings.truncate(MOST_WARNINGS);
-                    omitted.fetch_add(more, Relaxed);
-                }
-                if room == 0 {
-                    warnings.push(
-                        "it claims to have more defers than fit into memory: the rest is missing"
-                            .into(),
-                    );
+            let mut scratch = Scratch::default();
+            loop {
+                let first = taken.fetch_add(BATCH, Relaxed);
+                let batch = funcs.iter().enumerate().skip(first).take(BATCH);
+                if first >= funcs.len() {
                     break;
+                }
+                for (index, func) in batch {
+                    let mut warn = |warning| match warnings.len() {
+                        ..MOST_WARNINGS => warnings.push((index, warning)),
+                        _ => drop(omitted.fetch_add(1, Relaxed)),
+                    };
+                    self.function(
+                        *func,
+                        callees,
+                        &mut sites,
+                        &mut warn,
+                        &mut room,
+                        &mut scratch,
+                    );
+                    if room == 0 {
+                        warn("it claims to have more defers than fit into memory: the rest is missing".into());
+                        return (sites, warnings);
+                    }
                 }
             }
             (sites, warnings)
         };
         let mut shares = Vec::with_capacity(threads);
         std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads)
-                .map(|i| scope.spawn(move || share(i)))
-                .collect();
-            shares.push(share(0));
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(share)).collect();
+            shares.push(share());
             // A thread that panicked is a bug here; it must not become a short list.
             shares.extend(others.into_iter().map(|t| match t.join() {
                 Ok(found) => found,
                 Err(panic) => std::panic::resume_unwind(panic),
             }));
         });
-        let mut sites = Vec::new();
-        for (found, problems) in shares {
-            sites.extend(found);
-            warnings.extend(problems);
-        }
-        let omitted = omitted.load(Relaxed);
+        let (sites, problems): (Vec<_>, Vec<_>) = shares.into_iter().unzip();
+        let mut sites: Vec<Site> = sites.into_iter().flatten().collect();
+        let mut problems: Vec<_> = problems.into_iter().flatten().collect();
+        problems.sort_by_key(|problem| problem.0);
+        let more = problems.len().saturating_sub(MOST_WARNINGS);
+        let omitted = omitted.into_inner() + more;
+        let first = problems.into_iter().take(MOST_WARNINGS);
+        warnings.extend(first.map(|(_, warning)| warning));
         if omitted > 0 {
             warnings.push(format!("{omitted} more warnings like these"));
         }
@@ -154,22 +176,24 @@ impl Search<'_, '_> {
         func: Func,
         callees: &Callees,
         sites: &mut Vec<Site>,
-        warnings: &mut Vec<String>,
+        warn: &mut dyn FnMut(String),
         room: &mut usize,
+        scratch: &mut Scratch,
     ) {
         let table = &self.module.table;
         let name = table.name(func).map(text).unwrap_or_default();
-        let Some(code) = Code::decode(self.image, self.module, callees, func) else {
-            warnings.push(format!(
+        let Scratch { code, spare } = scratch;
+        if !code.read(self.image, self.module, callees, func) {
+            warn(format!(
                 "the code of {name} is not in the file: its defers are missing"
             ));
             return;
-        };
+        }
         let open = self.module.open_defers(self.image, func);
         let objects = self.module.stack_objects(self.image, func);
-        let findings = Analysis::run(&code, self.image, open.as_ref(), objects);
+        let findings = Analysis::run(code, self.image, open.as_ref(), objects, spare);
         if !findings.settled {
-            warnings.push(format!(
+            warn(format!(
                 "the code of {name} could not be followed to its end"
             ));
         }
@@ -177,9 +201,9 @@ impl Search<'_, '_> {
             image: self.image,
             module: self.module,
         };
-        let mut drafts = registering_calls(&code, &findings, &namer);
+        let mut drafts = registering_calls(code, &findings, &namer);
         if let Some(open) = &open {
-            let found = self.open_coded(&code, &findings, &namer);
+            let found = self.open_coded(code, &findings, &namer);
             // A statement that the compiler removed as unreachable has its slot declared still; but
             // nothing sets its bit.
             let set =
@@ -189,7 +213,7 @@ impl Search<'_, '_> {
                 .filter(|bit| set(bit) || has_store(bit))
                 .count();
             if found.len() != live {
-                warnings.push(format!(
+                warn(format!(
                     "{name} declares {} open-coded defers, of which {live} can execute, and {} were found",
                     open.slots.len(),
                     found.len()
@@ -208,14 +232,14 @@ impl Search<'_, '_> {
         for draft in drafts {
             let placed = match draft.mechanism {
                 Mechanism::OpenCoded => {
-                    placement::open_coded(self.image, &code, &findings, draft.index)
+                    placement::open_coded(self.image, code, &findings, draft.index)
                 }
-                _ => placement::at(self.image, &code, draft.index, Basis::RegisteringCall),
+                _ => placement::at(self.image, code, draft.index, Basis::RegisteringCall),
             };
             let (Some(instruction), Some(registration)) =
                 (code.instructions.get(draft.index), placed)
             else {
-                warnings.push(format!(
+                warn(format!(
                     "a defer of {name} has no instruction that can be probed"
                 ));
                 continue;

@@ -7,7 +7,7 @@ use crate::decode::{Operand, Register, RegisterSet};
 use crate::value::{Bits, Value};
 
 /// What is known before an instruction.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(PartialEq, Debug)]
 pub(crate) struct State {
     pub registers: [Value; REGISTERS],
     /// What stack cells hold, by key; absent is unknown.
@@ -86,6 +86,9 @@ impl State {
     pub fn put(&mut self, key: i64, size: u8, value: Value) {
         /// No cell is larger.
         const LARGEST: i64 = 8;
+        if value == Value::Unknown && self.cells.is_empty() {
+            return;
+        }
         let overlaps = |c: &Cell| c.key.saturating_sub(i64::from(c.size)) < key;
         let known = value != Value::Unknown;
         // Addresses run against keys: the store covers keys key − size + 1 ..= key.
@@ -118,22 +121,27 @@ impl State {
         }
     }
 
-    /// Memory was accessed through `base`.
-    pub fn dereference(&mut self, base: Register) {
-        if let Value::Defined(definition) = self.get(base)
-            && self.dereferenced.len() < MOST_KNOWN
-            && let Err(at) = self.dereferenced.binary_search(&definition)
-        {
-            self.dereferenced.insert(at, definition);
+    /// Memory is accessed through `base`; whether that surely does not fault.
+    pub fn dereference(&mut self, base: Register, g: Register) -> bool {
+        match self.get(base) {
+            Value::Defined(definition) => match self.dereferenced.binary_search(&definition) {
+                Ok(_) => true,
+                Err(at) => {
+                    if self.dereferenced.len() < MOST_KNOWN {
+                        self.dereferenced.insert(at, definition);
+                    }
+                    base == g
+                }
+            },
+            value => base == g || value.is_mapped(),
         }
     }
 
-    /// Whether a memory access through `base` surely does not fault.
-    pub fn is_mapped(&self, base: Register, g: Register) -> bool {
-        let value = self.get(base);
-        base == g
-            || value.is_mapped()
-            || matches!(value, Value::Defined(d) if self.dereferenced.binary_search(&d).is_ok())
+    /// The pointer that was defined there is not nil.
+    pub fn is_not_nil(&mut self, definition: u32) {
+        if let Err(at) = self.dereferenced.binary_search(&definition) {
+            self.dereferenced.insert(at, definition);
+        }
     }
 
     /// Forgets what was defined in `block`, which is about to define it anew. (Before its first
@@ -152,6 +160,10 @@ impl State {
 
     /// Forgets the pointers in cells that other code may have changed.
     pub fn forget_pointers(&mut self, exposed: &[Range<i64>]) {
+        let is_pointer = |c: &Cell| matches!(c.value, Value::Defined(_));
+        if exposed.is_empty() || !self.cells.iter().any(is_pointer) {
+            return;
+        }
         // Variables do not overlap, so the last one that starts before the cell's end decides.
         let reaches = |start: i64, end: i64| {
             let after = exposed.partition_point(|e| e.start < end);
@@ -161,37 +173,67 @@ impl State {
         };
         self.cells.retain(|c| {
             let start = c.key.wrapping_neg();
-            !matches!(c.value, Value::Defined(_))
-                || !reaches(start, start.saturating_add(i64::from(c.size)))
+            !is_pointer(c) || !reaches(start, start.saturating_add(i64::from(c.size)))
         });
     }
 
-    /// Joins `other` in; true if that changed anything.
-    pub fn join(&mut self, other: &Self) -> bool {
+    /// Joins `other` in, in which `not_nil` is not nil, too; true if that changed anything.
+    pub fn join(&mut self, other: &Self, not_nil: Option<u32>) -> bool {
         let mut changed = false;
         for (mine, theirs) in self.registers.iter_mut().zip(&other.registers) {
-            let joined = mine.join(*theirs);
-            changed |= joined != *mine;
-            *mine = joined;
+            if *mine != Value::Unknown && *mine != *theirs {
+                let joined = mine.join(*theirs);
+                changed |= joined != *mine;
+                *mine = joined;
+            }
         }
-        let known = self.dereferenced.len();
-        self.dereferenced
-            .retain(|d| other.dereferenced.binary_search(d).is_ok());
-        changed |= self.dereferenced.len() != known;
-        let mut theirs = other.cells.iter().peekable();
-        self.cells.retain_mut(|mine| {
-            while theirs.next_if(|t| t.key < mine.key).is_some() {}
-            let joined = match theirs.peek() {
-                Some(t) if t.key == mine.key && t.size == mine.size => mine.value.join(t.value),
-                _ => Value::Unknown,
-            };
-            changed |= joined != mine.value;
-            mine.value = joined;
-            joined != Value::Unknown
-        });
+        if self.dereferenced != other.dereferenced {
+            let known = self.dereferenced.len();
+            self.dereferenced
+                .retain(|d| Some(*d) == not_nil || other.dereferenced.binary_search(d).is_ok());
+            changed |= self.dereferenced.len() != known;
+        }
+        if self.cells != other.cells {
+            let mut at = 0;
+            self.cells.retain_mut(|mine| {
+                while other.cells.get(at).is_some_and(|t| t.key < mine.key) {
+                    at += 1;
+                }
+                let joined = match other.cells.get(at) {
+                    Some(theirs) if (theirs.key, theirs.size) == (mine.key, mine.size) => {
+                        mine.value.join(theirs.value)
+                    }
+                    _ => Value::Unknown,
+                };
+                if joined != mine.value {
+                    changed = true;
+                    mine.value = joined;
+                }
+                joined != Value::Unknown
+            });
+        }
         let active = self.active.join(other.active);
         changed |= active != self.active;
         self.active = active;
         changed
+    }
+}
+
+impl Clone for State {
+    fn clone(&self) -> Self {
+        Self {
+            registers: self.registers,
+            cells: self.cells.clone(),
+            dereferenced: self.dereferenced.clone(),
+            active: self.active,
+        }
+    }
+
+    /// Without new memory, where what this state has suffices.
+    fn clone_from(&mut self, other: &Self) {
+        self.registers = other.registers;
+        self.cells.clone_from(&other.cells);
+        self.dereferenced.clone_from(&other.dereferenced);
+        self.active = other.active;
     }
 }

@@ -18,6 +18,9 @@ pub(crate) enum Value {
     Defined(u32),
 }
 
+/// Smaller constants are no addresses: the first page is never mapped.
+pub(crate) const SMALLEST_ADDRESS: u64 = 0x1000;
+
 /// Which bits of a byte are surely and which are possibly set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bits {
@@ -110,7 +113,7 @@ impl Value {
     /// Whether it surely points to mapped memory.
     pub fn is_mapped(self) -> bool {
         matches!(self, Self::Stack(_) | Self::Object(_))
-            || matches!(self, Self::Constant(value) if value >= 0x1000)
+            || matches!(self, Self::Constant(SMALLEST_ADDRESS..))
     }
 }
 

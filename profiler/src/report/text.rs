@@ -10,11 +10,16 @@ const REPLACEMENT: char = '\u{FFFD}';
 /// `text` without anything that a terminal or an XML parser would act upon: control characters,
 /// changes of writing direction, invisible characters, line separators.
 pub(crate) fn clean(text: &str) -> Cow<'_, str> {
-    if text.chars().all(is_harmless) {
+    if is_plain(text) || text.chars().all(is_harmless) {
         return Cow::Borrowed(text);
     }
     let safe = |c| if is_harmless(c) { c } else { REPLACEMENT };
     Cow::Owned(text.chars().map(safe).collect())
+}
+
+/// Whether it is of printable ASCII characters alone, as nearly all text is.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
 /// Whether a character is shown as itself wherever it stands.
@@ -30,6 +35,9 @@ pub(crate) fn is_harmless(c: char) -> bool {
 
 /// How many columns cleaned text takes, at most.
 pub(crate) fn width(text: &str) -> usize {
+    if is_plain(text) {
+        return text.len();
+    }
     text.chars().map(columns).sum()
 }
 

@@ -13,31 +13,163 @@ const SP: Register = 4;
 /// R14 holds g in Go's internal ABI since 1.17.
 const G: Register = 14;
 
-pub(super) fn decode(entry: VirtualAddress, code: &[u8]) -> Vec<Instruction> {
-    let mut decoder = Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE);
-    let mut factory = InstructionInfoFactory::new();
-    let mut instructions = Vec::with_capacity(code.len() / 4);
-    let mut iced = Iced::default();
-    while decoder.can_decode() {
-        decoder.decode_out(&mut iced);
-        instructions.push(translate(&iced, &mut factory));
-        if iced.is_invalid() {
-            // Boundaries behind it are not proven.
-            break;
-        }
-    }
-    instructions
+/// The instructions of `code`, one after the other.
+pub(super) struct Instructions<'a> {
+    decoder: Decoder<'a>,
+    iced: Iced,
+    factory: Option<InstructionInfoFactory>,
+    done: bool,
 }
 
-fn translate(iced: &Iced, factory: &mut InstructionInfoFactory) -> Instruction {
+impl<'a> Instructions<'a> {
+    pub(super) fn new(entry: VirtualAddress, code: &'a [u8]) -> Self {
+        Self {
+            decoder: Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE),
+            iced: Iced::default(),
+            factory: None,
+            done: false,
+        }
+    }
+}
+
+impl Iterator for Instructions<'_> {
+    type Item = Instruction;
+
+    #[inline]
+    fn next(&mut self) -> Option<Instruction> {
+        if self.done || !self.decoder.can_decode() {
+            return None;
+        }
+        self.decoder.decode_out(&mut self.iced);
+        // Boundaries behind an invalid one are not proven.
+        self.done = self.iced.is_invalid();
+        Some(translate(&self.iced, &mut self.factory))
+    }
+}
+
+/// What the model knows of an instruction, by its mnemonic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// It changes neither general registers, but for SP, nor cells, but for what it pushes.
+    Reads,
+    /// `mov` and `movzx`. From here to [`Class::Changes`]: it changes only its first operand.
+    Moves,
+    /// `lea`.
+    Address,
+    /// `cmov`.
+    Selects,
+    /// `set`.
+    Decides,
+    /// To or from a vector register.
+    Vector,
+    /// Anything else.
+    Changes,
+    /// To ask iced, which is the slower half of decoding.
+    Unknown,
+}
+
+impl Class {
+    fn of(mnemonic: Mnemonic) -> Self {
+        const CLASSES: [Class; 2048] = classes();
+        let known = CLASSES.get(mnemonic as usize);
+        known.copied().unwrap_or(Self::Unknown)
+    }
+}
+
+const fn classes() -> [Class; 2048] {
+    use Mnemonic::*;
+    const KNOWN: &[(Class, &[Mnemonic])] = &[
+        (
+            Class::Reads,
+            &[
+                Cmp, Test, Jmp, Call, Push, Ret, Nop, Ja, Jae, Jb, Jbe, Je, Jg, Jge, Jl, Jle, Jne,
+                Jno, Jnp, Jns, Jo, Jp, Js,
+            ],
+        ),
+        (Class::Moves, &[Mov, Movzx]),
+        (Class::Address, &[Lea]),
+        (
+            Class::Selects,
+            &[
+                Cmova, Cmovae, Cmovb, Cmovbe, Cmove, Cmovg, Cmovge, Cmovl, Cmovle, Cmovne, Cmovno,
+                Cmovnp, Cmovns, Cmovo, Cmovp, Cmovs,
+            ],
+        ),
+        (
+            Class::Decides,
+            &[
+                Seta, Setae, Setb, Setbe, Sete, Setg, Setge, Setl, Setle, Setne, Setno, Setnp,
+                Setns, Seto, Setp, Sets,
+            ],
+        ),
+        (
+            Class::Vector,
+            &[Movups, Movaps, Movdqu, Movdqa, Movd, Movq, Movss, Movsd],
+        ),
+        (
+            Class::Changes,
+            &[Movsx, Movsxd, Add, Sub, And, Or, Xor, Shl, Shr, Sar],
+        ),
+    ];
+    let mut classes = [Class::Unknown; 2048];
+    let mut at = 0;
+    while at < KNOWN.len() {
+        let (class, mnemonics) = KNOWN[at];
+        let mut i = 0;
+        while i < mnemonics.len() {
+            classes[mnemonics[i] as usize] = class;
+            i += 1;
+        }
+        at += 1;
+    }
+    classes
+}
+
+#[inline]
+fn translate(iced: &Iced, factory: &mut Option<InstructionInfoFactory>) -> Instruction {
+    let mnemonic = iced.mnemonic();
+    let mut class = Class::of(mnemonic);
+    if iced.op_count() > 2 || is_of_strings(iced) {
+        class = Class::Unknown;
+    }
     let mut instruction = Instruction::new(VirtualAddress(iced.ip()));
-    instruction.flow = flow(iced);
-    instruction.kind = kind(iced);
     // The kernel refuses lock prefixes; armed before exec, such a probe is silently lost.
     instruction.probeable = !iced.has_lock_prefix() && !iced.is_invalid();
-    instruction.op = operation(iced);
-    instruction.faults = faults(iced);
-    match iced.mnemonic() {
+    instruction.faults = faults(iced, mnemonic);
+    match class {
+        Class::Reads => {
+            instruction.flow = flow(iced);
+            instruction.kind = kind(iced);
+            decisions(iced, mnemonic, &mut instruction);
+        }
+        Class::Unknown => {
+            instruction.flow = flow(iced);
+            instruction.op = operation(iced, class, mnemonic);
+            let factory = factory.get_or_insert_with(InstructionInfoFactory::new);
+            side_effects(iced, factory, &mut instruction);
+        }
+        _ => {
+            instruction.op = operation(iced, class, mnemonic);
+            first_operand(iced, &mut instruction);
+        }
+    }
+    instruction
+}
+
+/// Whether it is a string instruction, some of which have the name of another.
+fn is_of_strings(iced: &Iced) -> bool {
+    let by_string = |kind| {
+        matches!(
+            kind,
+            OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI
+        )
+    };
+    by_string(iced.op0_kind()) || by_string(iced.op1_kind())
+}
+
+/// What a comparison with zero tests, and what a branch on it asks.
+fn decisions(iced: &Iced, mnemonic: Mnemonic, instruction: &mut Instruction) {
+    match mnemonic {
         Mnemonic::Test
             if iced.op0_register() == iced.op1_register() && iced.op0_register().is_gpr64() =>
         {
@@ -46,33 +178,38 @@ fn translate(iced: &Iced, factory: &mut InstructionInfoFactory) -> Instruction {
         Mnemonic::Je | Mnemonic::Jne => {
             instruction.zero_test = Some(ZeroTest {
                 register: None,
-                taken_if_zero: iced.mnemonic() == Mnemonic::Je,
+                taken_if_zero: mnemonic == Mnemonic::Je,
             });
         }
         _ => {}
     }
-    if !is_fully_modelled(iced) {
-        side_effects(iced, factory, &mut instruction);
-    }
-    instruction
 }
 
-/// Whether `operation` and `flow` say all that the instruction does to registers and cells: true
-/// of most instructions, and asking iced for the rest is the slower half of decoding.
-fn is_fully_modelled(iced: &Iced) -> bool {
-    match iced.mnemonic() {
-        Mnemonic::Mov => iced.op0_kind() == OpKind::Memory || low(iced.op0_register()).is_some(),
-        Mnemonic::Lea => !matches!(place(iced), Place::Unknown),
-        Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Jmp | Mnemonic::Call | Mnemonic::Nop => true,
-        _ => iced.is_jcc_short_or_near(),
+/// The first operand changes, if the model does not already say to what.
+fn first_operand(iced: &Iced, instruction: &mut Instruction) {
+    if iced.op0_kind() == OpKind::Memory {
+        if instruction.op == Op::Other {
+            let size = u8::try_from(iced.memory_size().size()).unwrap_or(u8::MAX);
+            instruction.op = store(place(iced), Operand::Unknown, size.max(1));
+        }
+    } else if let Some(register) = general(iced.op0_register())
+        && register != SP
+        && Some(register) != instruction.op.written()
+    {
+        instruction.clobbers |= (1 as RegisterSet) << register;
     }
 }
 
-fn faults(iced: &Iced) -> Faults {
-    let has_memory = (0..iced.op_count()).any(|i| iced.op_kind(i) == OpKind::Memory);
-    let accesses = has_memory
-        && !matches!(iced.mnemonic(), Mnemonic::Lea | Mnemonic::Nop)
-        && !iced.is_ip_rel_memory_operand();
+fn faults(iced: &Iced, mnemonic: Mnemonic) -> Faults {
+    let count = iced.op_count();
+    let has_memory = (count > 0 && iced.op0_kind() == OpKind::Memory)
+        || (count > 1 && iced.op1_kind() == OpKind::Memory)
+        || (2..count).any(|i| iced.op_kind(i) == OpKind::Memory);
+    if !has_memory {
+        return Faults::Never;
+    }
+    let accesses =
+        !matches!(mnemonic, Mnemonic::Lea | Mnemonic::Nop) && !iced.is_ip_rel_memory_operand();
     // An index was checked against a length before, and a nil slice has none; for pointers to
     // arrays the compiler checks for nil explicitly, since it removes such checks only in favour
     // of accesses without an index (`nilcheck.go`).
@@ -152,10 +289,14 @@ fn kind(iced: &Iced) -> InstructionKind {
 }
 
 fn general(register: IcedRegister) -> Option<Register> {
-    if !register.is_gpr() {
-        return None;
-    }
-    Register::try_from(register.full_register().number()).ok()
+    let from = |first: IcedRegister| (register as usize).wrapping_sub(first as usize);
+    // Most are of 64 or 32 bits.
+    let number = match (from(IcedRegister::RAX), from(IcedRegister::EAX)) {
+        (number @ 0..16, _) | (_, number @ 0..16) => number,
+        _ if register.is_gpr() => register.full_register().number(),
+        _ => return None,
+    };
+    Register::try_from(number).ok()
 }
 
 /// The register if it is a whole or low part of a general one (AH and the like are not).
@@ -224,125 +365,78 @@ fn source(iced: &Iced) -> Operand {
     }
 }
 
-fn operation(iced: &Iced) -> Op {
-    let to_memory = iced.op0_kind() == OpKind::Memory;
-    let size = u8::try_from(iced.memory_size().size()).unwrap_or(u8::MAX);
-    let to = if iced.op0_kind() == OpKind::Register {
-        low(iced.op0_register())
-    } else {
-        None
-    };
-    match iced.mnemonic() {
-        Mnemonic::Mov if to_memory => store(place(iced), source(iced), size),
-        Mnemonic::Movups
-        | Mnemonic::Movaps
-        | Mnemonic::Movdqu
-        | Mnemonic::Movdqa
-        | Mnemonic::Movq
-        | Mnemonic::Movsd
-            if to_memory =>
-        {
-            // X15 is zero in Go's internal ABI.
-            let zero = iced.op1_register() == IcedRegister::XMM15;
-            store(
-                place(iced),
-                if zero {
+fn operation(iced: &Iced, class: Class, mnemonic: Mnemonic) -> Op {
+    let size = || u8::try_from(iced.memory_size().size()).unwrap_or(u8::MAX);
+    match iced.op0_kind() {
+        OpKind::Memory => match class {
+            Class::Moves => store(place(iced), source(iced), size()),
+            Class::Vector => {
+                // X15 is zero in Go's internal ABI.
+                let zero = iced.op1_register() == IcedRegister::XMM15;
+                let value = if zero {
                     Operand::Immediate(0)
                 } else {
                     Operand::Unknown
-                },
-                size,
-            )
-        }
-        _ => to.map_or(Op::Other, |to| to_register(iced, to, size)),
-    }
-}
-
-fn to_register(iced: &Iced, to: Register, size: u8) -> Op {
-    let from_memory = iced.op_count() > 1 && iced.op1_kind() == OpKind::Memory;
-    match (
-        iced.mnemonic(),
-        if iced.op_count() > 1 {
-            source(iced)
-        } else {
-            Operand::Unknown
+                };
+                store(place(iced), value, size())
+            }
+            _ => Op::Other,
         },
-    ) {
-        (Mnemonic::Mov | Mnemonic::Movzx, _) if from_memory => Op::Load {
-            to,
-            from: place(iced),
-            size,
+        OpKind::Register => match low(iced.op0_register()) {
+            Some(to) => to_register(iced, class, mnemonic, to, size),
+            None => Op::Other,
         },
-        (Mnemonic::Mov, Operand::Immediate(value)) => Op::Set(to, value),
-        (Mnemonic::Mov, Operand::Register(from)) => Op::Copy(to, from),
-        (Mnemonic::Movzx, Operand::Register(from)) => Op::And(
-            to,
-            from,
-            Operand::Immediate(if iced.op1_register().is_gpr8() {
-                0xff
-            } else {
-                0xffff
-            }),
-        ),
-        (Mnemonic::Lea, _) => match place(iced) {
-            Place::Absolute(address) => Op::Set(to, address.0),
-            Place::Stack(displacement) => Op::StackAddress(to, displacement),
-            Place::Based(base, displacement) => Op::Add(to, base, displacement),
-            Place::Unknown => Op::Other,
-        },
-        (Mnemonic::Xor | Mnemonic::Sub, Operand::Register(from)) if from == to => Op::Set(to, 0),
-        (Mnemonic::And, operand) if !from_memory => Op::And(to, to, operand),
-        (Mnemonic::Or, operand) if !from_memory => Op::Or(to, to, operand),
-        (Mnemonic::Add, Operand::Immediate(value)) => Op::Add(to, to, value as i64),
-        (_, Operand::Register(from)) if is_cmov(iced) => Op::Select(to, to, from),
-        _ if is_setcc(iced) => Op::Boolean(to),
         _ => Op::Other,
     }
 }
 
-fn is_cmov(iced: &Iced) -> bool {
-    use Mnemonic::*;
-    matches!(
-        iced.mnemonic(),
-        Cmova
-            | Cmovae
-            | Cmovb
-            | Cmovbe
-            | Cmove
-            | Cmovg
-            | Cmovge
-            | Cmovl
-            | Cmovle
-            | Cmovne
-            | Cmovno
-            | Cmovnp
-            | Cmovns
-            | Cmovo
-            | Cmovp
-            | Cmovs
-    )
-}
-
-fn is_setcc(iced: &Iced) -> bool {
-    use Mnemonic::*;
-    matches!(
-        iced.mnemonic(),
-        Seta | Setae
-            | Setb
-            | Setbe
-            | Sete
-            | Setg
-            | Setge
-            | Setl
-            | Setle
-            | Setne
-            | Setno
-            | Setnp
-            | Setns
-            | Seto
-            | Setp
-            | Sets
-    )
+fn to_register(
+    iced: &Iced,
+    class: Class,
+    mnemonic: Mnemonic,
+    to: Register,
+    size: impl Fn() -> u8,
+) -> Op {
+    if class == Class::Address {
+        return match place(iced) {
+            Place::Absolute(address) => Op::Set(to, address.0),
+            Place::Stack(displacement) => Op::StackAddress(to, displacement),
+            Place::Based(base, displacement) => Op::Add(to, base, displacement),
+            Place::Unknown => Op::Other,
+        };
+    }
+    if iced.op_count() > 1 && iced.op1_kind() == OpKind::Memory {
+        return match class {
+            Class::Moves => Op::Load {
+                to,
+                from: place(iced),
+                size: size(),
+            },
+            _ => Op::Other,
+        };
+    }
+    let source = match iced.op_count() {
+        2.. => source(iced),
+        _ => Operand::Unknown,
+    };
+    match (class, mnemonic, source) {
+        (Class::Moves, Mnemonic::Mov, Operand::Immediate(value)) => Op::Set(to, value),
+        (Class::Moves, Mnemonic::Mov, Operand::Register(from)) => Op::Copy(to, from),
+        (Class::Moves, Mnemonic::Movzx, Operand::Register(from)) => {
+            let mask = match iced.op1_register().is_gpr8() {
+                true => 0xff,
+                false => 0xffff,
+            };
+            Op::And(to, from, Operand::Immediate(mask))
+        }
+        (Class::Selects, _, Operand::Register(from)) => Op::Select(to, to, from),
+        (Class::Decides, ..) => Op::Boolean(to),
+        (_, Mnemonic::Xor | Mnemonic::Sub, Operand::Register(from)) if from == to => Op::Set(to, 0),
+        (_, Mnemonic::And, operand) => Op::And(to, to, operand),
+        (_, Mnemonic::Or, operand) => Op::Or(to, to, operand),
+        (_, Mnemonic::Add, Operand::Immediate(value)) => Op::Add(to, to, value as i64),
+        _ => Op::Other,
+    }
 }
 
 #[cfg(test)]
@@ -350,7 +444,8 @@ mod tests {
     use super::*;
 
     fn one(code: &[u8]) -> Instruction {
-        decode(VirtualAddress(0x1000), code)[0]
+        let first = Instructions::new(VirtualAddress(0x1000), code).next();
+        first.unwrap()
     }
 
     #[test]

@@ -13,18 +13,16 @@ const G: Register = 28;
 /// Go's assembler temporary: sequences that use it may be restarted by asynchronous preemption.
 const REGTMP: Register = 27;
 
-pub(super) fn decode(entry: VirtualAddress, code: &[u8]) -> Vec<Instruction> {
+/// The instructions of `code`, one after the other.
+pub(super) fn instructions(
+    entry: VirtualAddress,
+    code: &[u8],
+) -> impl Iterator<Item = Instruction> + '_ {
     let (words, _) = code.as_chunks::<4>();
-    let mut address = entry.0;
-    let mut instructions = Vec::with_capacity(words.len());
-    for word in words {
-        instructions.push(translate(
-            VirtualAddress(address),
-            u32::from_le_bytes(*word),
-        ));
-        address = address.wrapping_add(4);
-    }
-    instructions
+    let addresses = std::iter::successors(Some(entry.0), |a| Some(a.wrapping_add(4)));
+    addresses
+        .zip(words)
+        .map(|(address, word)| translate(VirtualAddress(address), u32::from_le_bytes(*word)))
 }
 
 fn register(word: u32, at: u32) -> Register {

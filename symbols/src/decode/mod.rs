@@ -188,9 +188,29 @@ pub(crate) fn function(
     architecture: Architecture,
     entry: VirtualAddress,
     code: &[u8],
-) -> Vec<Instruction> {
+    instructions: &mut Vec<Instruction>,
+) {
+    /// Bytes, as a rule; most are longer.
+    const SHORT: usize = 4;
+    instructions.reserve(code.len() / SHORT);
     match architecture {
-        Architecture::Amd64 => amd64::decode(entry, code),
-        Architecture::Arm64 => arm64::decode(entry, code),
+        Architecture::Amd64 => {
+            amd64::Instructions::new(entry, code).for_each(|i| instructions.push(i));
+        }
+        Architecture::Arm64 => instructions.extend(arm64::instructions(entry, code)),
     }
+}
+
+/// The same, one instruction after the other.
+pub(crate) fn from_entry(
+    architecture: Architecture,
+    entry: VirtualAddress,
+    code: &[u8],
+) -> impl Iterator<Item = Instruction> + '_ {
+    let (amd64, arm64) = match architecture {
+        Architecture::Amd64 => (Some(amd64::Instructions::new(entry, code)), None),
+        Architecture::Arm64 => (None, Some(arm64::instructions(entry, code))),
+    };
+    let amd64 = amd64.into_iter().flatten();
+    amd64.chain(arm64.into_iter().flatten())
 }

@@ -59,7 +59,7 @@ fn code(arch: Arch, objdump: &str) -> Option<(Vec<Instruction>, Listing)> {
         if wanted.iter().any(|prefix| name.starts_with(prefix)) {
             let len = func.end.offset_from(func.entry).unwrap();
             let code = image.read(func.entry, len).unwrap();
-            instructions.extend(super::function(image.architecture, func.entry, code));
+            super::function(image.architecture, func.entry, code, &mut instructions);
         }
     }
     let sizes = (instructions.len(), listing.len());

@@ -53,7 +53,7 @@ impl Runtime<'_, '_> {
         // The loop's own record of a range-over-func is given back behind its conversion.
         let converts = self.search.calls(next, &["deferconvert"]);
         let of_loop = |call: &usize| {
-            let block = next.code.block_of(*call).map(|b| b.range.start..*call);
+            let block = next.code.block_of(*call).map(|b| b.start..*call);
             block.is_some_and(|before| converts.iter().any(|c| before.contains(c)))
         };
         let calls: Vec<_> = calls.into_iter().filter(|call| !of_loop(call)).collect();
@@ -262,7 +262,7 @@ impl Runtime<'_, '_> {
 
     /// The first emulated instruction behind a call in its block, or the next.
     fn behind(&self, function: &Decoded, call: usize) -> usize {
-        let end = function.code.block_of(call).map_or(0, |b| b.range.end);
+        let end = function.code.block_of(call).map_or(0, |b| b.end);
         let sp = function.code.stack_key(call, 0);
         let emulated = |index: &usize| {
             let instruction = function.code.instructions.get(*index);
@@ -275,7 +275,7 @@ impl Runtime<'_, '_> {
     /// The first emulated instruction behind a call at which the result is still where the call left
     /// it, or the next.
     fn with_result(&self, function: &Decoded, call: usize) -> Option<usize> {
-        let end = function.code.block_of(call)?.range.end;
+        let end = function.code.block_of(call)?.end;
         let result = self.search.image.architecture.conventions().first_argument;
         for index in call + 1..end {
             let instruction = function.code.instructions.get(index)?;
@@ -311,7 +311,7 @@ impl Runtime<'_, '_> {
 /// Where the closure is kept while a record is given back: the cell of the first load behind.
 fn closure(function: &Decoded, call: usize) -> Option<u64> {
     let block = function.code.block_of(call)?;
-    let behind = function.code.instructions.get(call + 1..block.range.end)?;
+    let behind = function.code.instructions.get(call + 1..block.end)?;
     behind.iter().find_map(|instruction| match instruction.op {
         Op::Load {
             from: Place::Stack(displacement),
@@ -347,19 +347,19 @@ fn before_clearing(next: &Decoded) -> Option<usize> {
     let mut block = next.code.block_of(store)?;
     let mut until = store;
     loop {
-        if let Some(found) = (block.range.start..until).rev().find(emulated) {
+        if let Some(found) = (block.start..until).rev().find(emulated) {
             return Some(found);
         }
-        let [previous] = block.previous[..] else {
+        let [previous] = *block.previous else {
             return None;
         };
         let before = next.code.blocks.get(previous)?;
         // Always upwards, so that it ends.
-        if before.range.start >= block.range.start {
+        if before.start >= block.start {
             return None;
         }
         block = before;
-        until = block.range.end;
+        until = block.end;
     }
 }
 

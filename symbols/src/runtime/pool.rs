@@ -234,7 +234,7 @@ impl Search<'_, '_> {
     /// The first emulated instruction behind a call in its block, so that the trap is not taken
     /// with the lock held.
     fn emulated_after(&self, function: &Decoded, call: usize) -> Option<usize> {
-        let end = function.code.block_of(call)?.range.end;
+        let end = function.code.block_of(call)?.end;
         (call + 1..end).find(|index| {
             let instruction = function.code.instructions.get(*index);
             instruction.is_some_and(Instruction::takes_cheap_probe)
