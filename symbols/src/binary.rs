@@ -1,7 +1,10 @@
 //! One Go executable, opened for questions.
 
+use std::sync::OnceLock;
+
 use crate::buildinfo::BuildInfo;
 use crate::callee::text;
+use crate::dwarf::Members;
 use crate::elf::Image;
 use crate::error::damaged;
 use crate::module::Module;
@@ -16,10 +19,13 @@ use crate::{
 /// It borrows the file's bytes and copies nothing large.
 #[derive(Debug)]
 pub struct Binary<'data> {
+    bytes: &'data [u8],
     image: Image<'data>,
     build: BuildInfo,
     release: Release,
     module: Module<'data>,
+    /// Read when first needed.
+    members: OnceLock<Members>,
 }
 
 /// One frame of source code at an address.
@@ -62,10 +68,12 @@ impl<'data> Binary<'data> {
         let layout = Layout::of(release, &build.version)?;
         let module = Module::find(&image, location, layout)?;
         Ok(Self {
+            bytes,
             image,
             build,
             release,
             module,
+            members: OnceLock::new(),
         })
     }
 
@@ -124,7 +132,7 @@ impl<'data> Binary<'data> {
     /// # Errors
     /// Why this binary's runtime does not tell.
     pub fn pool_probes(&self) -> std::result::Result<PoolProbes, PoolUnavailable> {
-        runtime::pool(&self.image, &self.module, self.release)
+        runtime::pool(&self.image, &self.module, self.release, self.members())
     }
 
     /// The probes that tell when and by whom the deferred calls of `sites` are made; sites are
@@ -133,7 +141,12 @@ impl<'data> Binary<'data> {
     /// # Errors
     /// Why this binary's runtime does not tell.
     pub fn run_probes(&self, sites: &[Site]) -> std::result::Result<RunProbes, RunsUnavailable> {
-        runtime::runs(&self.image, &self.module, self.release, sites)
+        let members = self.members();
+        runtime::runs(&self.image, &self.module, self.release, members, sites)
+    }
+
+    fn members(&self) -> &Members {
+        self.members.get_or_init(|| Members::read(self.bytes))
     }
 
     #[cfg(any(test, feature = "fuzzing"))]

@@ -1,7 +1,10 @@
 //! Doors for fuzzers and the mutation test into what is private. Not part of the crate's interface.
 
+use std::collections::HashMap;
+
 use crate::buildinfo::BuildInfo;
 use crate::bytes::Bytes;
+use crate::dwarf::Members;
 use crate::elf::Image;
 use crate::release::Layout;
 use crate::{Architecture, Binary, VirtualAddress, decode, module, pclntab};
@@ -12,6 +15,7 @@ pub fn scan(bytes: &[u8]) {
         return;
     };
     binary.pool_probes().ok();
+    binary.run_probes(&[]).ok();
     let Ok(inventory) = binary.inventory() else {
         return;
     };
@@ -213,6 +217,20 @@ fn decoded(architecture: Architecture, data: &[u8]) {
     decode::function(architecture, VirtualAddress(0x40_0000), data, &mut code);
     assert!(code.is_sorted_by_key(|i| i.address));
     assert!(code.len() <= data.len());
+}
+
+/// Any bytes as DWARF: the first two say how many of them are abbreviations.
+pub fn dwarf(data: &[u8]) {
+    if let Some((length, rest)) = data.split_first_chunk::<2>() {
+        let length = rest.len().min(u16::from_le_bytes(*length).into());
+        let (abbreviations, info) = rest.split_at(length);
+        Members::of_sections(info, abbreviations);
+    }
+}
+
+/// The offsets of the runtime's members that an executable's DWARF has.
+pub fn dwarf_members(bytes: &[u8]) -> HashMap<String, u64> {
+    Members::read(bytes).all()
 }
 
 /// Any bytes as the info of open-coded defers, in each format; and as stack objects.

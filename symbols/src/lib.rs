@@ -25,6 +25,7 @@ mod callee;
 mod calls;
 mod code;
 mod decode;
+mod dwarf;
 mod elf;
 mod error;
 mod flow;

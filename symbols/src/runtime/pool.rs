@@ -13,6 +13,7 @@
 use super::{Decoded, Search};
 use crate::VirtualAddress;
 use crate::decode::{Instruction, Op};
+use crate::dwarf::Members;
 use crate::elf::Image;
 use crate::module::Module;
 use crate::plan::ProbePoint;
@@ -127,18 +128,19 @@ pub enum PoolUnavailable {
     },
 }
 
-/// Offsets by first release (DWARF of every release from 1.18 on; equal on both architectures).
+/// Offsets by first release, for binaries without DWARF (from that of every release from 1.18 on; equal
+/// on both architectures).
 const LOCAL_POOLS: [(u16, u64, u64); 4] =
     [(18, 208, 104), (23, 208, 96), (25, 200, 96), (26, 208, 104)];
 
-fn local_pool(release: Release) -> Option<LocalPool> {
+fn local_pool(release: Release, members: &Members) -> Option<LocalPool> {
     let (_, p, pool) = LOCAL_POOLS
         .iter()
         .rfind(|(first, ..)| *first <= release.minor)?;
     Some(LocalPool {
-        m: 48,
-        p: *p,
-        pool: *pool,
+        m: members.offset("runtime.g.m").unwrap_or(48),
+        p: members.offset("runtime.m.p").unwrap_or(*p),
+        pool: members.offset("runtime.p.deferpool").unwrap_or(*pool),
         capacity: 32,
     })
 }
@@ -148,8 +150,9 @@ pub(crate) fn pool(
     image: &Image<'_>,
     module: &Module<'_>,
     release: Release,
+    members: &Members,
 ) -> Result<PoolProbes, PoolUnavailable> {
-    let local = local_pool(release)
+    let local = local_pool(release, members)
         .filter(|_| !release.is_newer_than_known())
         .ok_or_else(|| PoolUnavailable::Release(release.to_string()))?;
     Search { image, module }.probes(local)
@@ -294,7 +297,9 @@ mod tests {
 
     #[test]
     fn each_release_has_its_own_offsets() {
-        let at = |minor| local_pool(Release { minor }).map(|local| (local.p, local.pool));
+        let none = Members::default();
+        let local = |minor| local_pool(Release { minor }, &none);
+        let at = |minor| local(minor).map(|local| (local.p, local.pool));
         assert_eq!(at(17), None);
         assert_eq!(at(18), Some((208, 104)));
         assert_eq!(at(22), Some((208, 104)));

@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 
 use super::{Search, loops};
 use crate::VirtualAddress;
+use crate::dwarf::{Contradiction, Members};
 use crate::elf::Image;
 use crate::inventory::{Mechanism, Site};
 use crate::module::Module;
@@ -107,8 +108,8 @@ pub struct Runner {
     pub panic: Option<u64>,
 }
 
-/// Offsets in the runtime's structures, in bytes. (DWARF of every release from 1.18 on; equal on
-/// both architectures.)
+/// Offsets in the runtime's structures, in bytes: by the binary's DWARF, or else by its release (from the
+/// DWARF of every release from 1.18 on; equal on both architectures).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunLayout {
     /// 1.18 to 1.21: a frame is run through an artificial record.
@@ -163,38 +164,72 @@ pub enum RunsUnavailable {
         /// What was looked for.
         what: &'static str,
     },
+    /// The runtime's structures are other than in any release seen.
+    #[error(
+        "its DWARF has {member} at byte {found}, where every release has it at byte {expected}"
+    )]
+    Dwarf {
+        /// The member of a structure.
+        member: &'static str,
+        /// Its offset by the binary's DWARF.
+        found: u64,
+        /// Its offset in all releases.
+        expected: u64,
+    },
 }
 
 pub(super) type Result<T> = std::result::Result<T, RunsUnavailable>;
 
-fn layout(release: Release) -> Option<RunLayout> {
+fn layout(release: Release, members: &Members) -> Option<RunLayout> {
+    let at = |member, otherwise| members.offset(member).unwrap_or(otherwise);
+    let panics = |retpc, bits| RunLayout::Panics {
+        retpc: at("runtime._panic.retpc", retpc),
+        bits: at("runtime._panic.deferBitsPtr", bits),
+    };
     match release.minor {
         18..=21 => Some(RunLayout::Records {
-            open: 2,
-            panic: 32,
-            varp: 56,
-            goexit: 50,
+            open: at("runtime._defer.openDefer", 2),
+            panic: at("runtime._defer._panic", 32),
+            varp: at("runtime._defer.varp", 56),
+            goexit: at("runtime._panic.goexit", 50),
         }),
-        22..=25 => Some(RunLayout::Panics {
-            retpc: 72,
-            bits: 80,
-        }),
-        26..=27 => Some(RunLayout::Panics {
-            retpc: 64,
-            bits: 72,
-        }),
+        22..=25 => Some(panics(72, 80)),
+        26..=27 => Some(panics(64, 72)),
         _ => None,
     }
 }
+
+/// What the eBPF program takes for granted, since no release has changed it.
+const UNCHANGED: [(&str, u64); 5] = [
+    ("runtime.g.stack", 0),
+    ("runtime.g._defer", 40),
+    ("runtime._defer.sp", 8),
+    ("runtime._defer.pc", 16),
+    ("runtime._defer.fn", 24),
+];
 
 /// Finds the probes.
 pub(crate) fn runs(
     image: &Image<'_>,
     module: &Module<'_>,
     release: Release,
+    members: &Members,
     sites: &[Site],
 ) -> Result<RunProbes> {
-    let layout = layout(release).ok_or_else(|| RunsUnavailable::Release(release.to_string()))?;
+    let layout =
+        layout(release, members).ok_or_else(|| RunsUnavailable::Release(release.to_string()))?;
+    if let Some(Contradiction {
+        member,
+        found,
+        expected,
+    }) = members.contradicts(&UNCHANGED)
+    {
+        return Err(RunsUnavailable::Dwarf {
+            member,
+            found,
+            expected,
+        });
+    }
     let search = Search { image, module };
     Ok(RunProbes {
         probes: loops::probes(&search, layout)?,
