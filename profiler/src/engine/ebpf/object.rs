@@ -521,6 +521,20 @@ mod tests {
         assert_eq!(cpus("3-1"), None);
     }
 
+    /// Without the tail call, Linux 6.13 and newer would have runs that preempt one another share a
+    /// stack (`keep_own_stack` in ebpf/src/main.rs). It counts in the program's own function.
+    #[test]
+    fn the_program_has_a_tail_call() {
+        /// BPF_JMP | BPF_CALL, with the helper's number as the immediate.
+        const CALL: u8 = 0x85;
+        const TAIL_CALL: i32 = 12;
+        let object = Object::parse(&PREBUILT.0).unwrap();
+        let program = &object.programs[name::WATCH];
+        let function = &object.functions[&program.function_key()];
+        let is_tail_call = |i: &bpf_insn| (i.code, i.src_reg(), i.imm) == (CALL, 0, TAIL_CALL);
+        assert!(function.instructions.iter().any(is_tail_call));
+    }
+
     #[test]
     fn an_error_shows_the_end_of_the_verifiers_log() {
         let log: String = (0..100).map(|line| format!("line {line}\n")).collect();
