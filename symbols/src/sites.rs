@@ -1,6 +1,6 @@
 //! From functions that contain defers to the list of their sites.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::callee::{Namer, text};
@@ -26,6 +26,20 @@ pub(crate) struct Search<'a, 'data> {
     pub optimizations_off: bool,
 }
 
+/// What one thread found.
+#[derive(Default)]
+struct Found {
+    sites: Vec<Site>,
+    /// By number of the function and of the warning, since threads take turns as they can.
+    warnings: BTreeMap<(u64, usize), String>,
+    /// Warnings past the most that are kept.
+    omitted: usize,
+    /// Bytes that more sites may take.
+    room: usize,
+    /// Whether there was no more room.
+    is_cut: bool,
+}
+
 /// What one thread uses again for each function.
 #[derive(Default)]
 struct Scratch {
@@ -42,20 +56,41 @@ struct Draft {
     exits: Vec<Exit>,
 }
 
+impl Found {
+    /// More warnings say nothing new.
+    const MOST_WARNINGS: usize = 100;
+
+    fn warn(&mut self, func: Func, warning: String) {
+        let number = self.warnings.len() + self.omitted;
+        self.warnings.insert((func.index, number), warning);
+        self.forget_most();
+    }
+
+    fn add(&mut self, other: Self) {
+        self.sites.extend(other.sites);
+        self.warnings.extend(other.warnings);
+        self.omitted += other.omitted;
+        self.is_cut |= other.is_cut;
+        self.forget_most();
+    }
+
+    fn forget_most(&mut self) {
+        while self.warnings.len() > Self::MOST_WARNINGS {
+            self.warnings.pop_last();
+            self.omitted += 1;
+        }
+    }
+}
+
 impl Search<'_, '_> {
     /// Every site of the module, and a sentence for each function that could not be followed.
     /// Functions do not depend on one another, so the processors share them.
     pub fn run(&self) -> (Vec<Site>, Vec<String>) {
         /// Fewer are not worth a thread.
         const LEAST_A_THREAD: usize = 64;
-        /// Functions that a thread takes at a time.
-        const BATCH: usize = 16;
         /// A hundred times what the largest programs need.
         const MOST_MEMORY: usize = 256 << 20;
-        /// More say nothing new.
-        const MOST_WARNINGS: usize = 100;
         let (funcs, callees, mut warnings) = self.functions();
-        let callees = &callees;
         if !funcs.is_empty() && callees.entry_of(Callee::DeferReturn).is_none() {
             warnings.push(
                 "its function names are obfuscated, also those of the runtime: of its defers only \
@@ -66,63 +101,52 @@ impl Search<'_, '_> {
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = processors.min(funcs.len() / LEAST_A_THREAD).max(1);
         let taken = AtomicUsize::new(0);
-        let omitted = AtomicUsize::new(0);
-        let share = || {
-            let mut sites = Vec::new();
-            // With the function's number, since threads take turns as they can.
-            let mut warnings: Vec<(usize, String)> = Vec::new();
-            let mut room = MOST_MEMORY / threads;
-            let mut scratch = Scratch::default();
-            loop {
-                let first = taken.fetch_add(BATCH, Relaxed);
-                let batch = funcs.iter().enumerate().skip(first).take(BATCH);
-                if first >= funcs.len() {
-                    break;
-                }
-                for (index, func) in batch {
-                    let mut warn = |warning| match warnings.len() {
-                        ..MOST_WARNINGS => warnings.push((index, warning)),
-                        _ => drop(omitted.fetch_add(1, Relaxed)),
-                    };
-                    self.function(
-                        *func,
-                        callees,
-                        &mut sites,
-                        &mut warn,
-                        &mut room,
-                        &mut scratch,
-                    );
-                    if room == 0 {
-                        warn("it claims to have more defers than fit into memory: the rest is missing".into());
-                        return (sites, warnings);
-                    }
-                }
-            }
-            (sites, warnings)
-        };
-        let mut shares = Vec::with_capacity(threads);
+        let share = || self.share(&funcs, &callees, &taken, MOST_MEMORY / threads);
+        let mut found = Found::default();
         std::thread::scope(|scope| {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(share)).collect();
-            shares.push(share());
-            // A thread that panicked is a bug here; it must not become a short list.
-            shares.extend(others.into_iter().map(|t| match t.join() {
-                Ok(found) => found,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }));
+            found = share();
+            for other in others {
+                match other.join() {
+                    Ok(more) => found.add(more),
+                    // A thread that panicked is a bug here; it must not become a short list.
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
         });
-        let (sites, problems): (Vec<_>, Vec<_>) = shares.into_iter().unzip();
-        let mut sites: Vec<Site> = sites.into_iter().flatten().collect();
-        let mut problems: Vec<_> = problems.into_iter().flatten().collect();
-        problems.sort_by_key(|problem| problem.0);
-        let more = problems.len().saturating_sub(MOST_WARNINGS);
-        let omitted = omitted.into_inner() + more;
-        let first = problems.into_iter().take(MOST_WARNINGS);
-        warnings.extend(first.map(|(_, warning)| warning));
-        if omitted > 0 {
-            warnings.push(format!("{omitted} more warnings like these"));
+        warnings.extend(found.warnings.into_values());
+        if found.omitted > 0 {
+            warnings.push(format!("{} more warnings like these", found.omitted));
         }
-        number(&mut sites);
-        (sites, warnings)
+        if found.is_cut {
+            let cut = "it claims to have more defers than fit into memory: the rest is missing";
+            warnings.push(cut.into());
+        }
+        number(&mut found.sites);
+        (found.sites, warnings)
+    }
+
+    /// One thread's part: it takes functions as long as there are some.
+    fn share(&self, funcs: &[Func], callees: &Callees, taken: &AtomicUsize, room: usize) -> Found {
+        /// Functions at a time.
+        const BATCH: usize = 16;
+        let mut found = Found {
+            room,
+            ..Found::default()
+        };
+        let mut scratch = Scratch::default();
+        loop {
+            let first = taken.fetch_add(BATCH, Relaxed);
+            let Some(rest) = funcs.get(first..).filter(|rest| !rest.is_empty()) else {
+                return found;
+            };
+            for func in rest.iter().take(BATCH) {
+                self.function(*func, callees, &mut scratch, &mut found);
+                if found.is_cut {
+                    return found;
+                }
+            }
+        }
     }
 
     /// What tells a release that the table does not know from the last that it knows.
@@ -171,31 +195,25 @@ impl Search<'_, '_> {
         (funcs, callees, Vec::from_iter(warning))
     }
 
-    fn function(
-        &self,
-        func: Func,
-        callees: &Callees,
-        sites: &mut Vec<Site>,
-        warn: &mut dyn FnMut(String),
-        room: &mut usize,
-        scratch: &mut Scratch,
-    ) {
+    fn function(&self, func: Func, callees: &Callees, scratch: &mut Scratch, found: &mut Found) {
         let table = &self.module.table;
         let name = table.name(func).map(text).unwrap_or_default();
         let Scratch { code, spare } = scratch;
         if !code.read(self.image, self.module, callees, func) {
-            warn(format!(
-                "the code of {name} is not in the file: its defers are missing"
-            ));
+            found.warn(
+                func,
+                format!("the code of {name} is not in the file: its defers are missing"),
+            );
             return;
         }
         let open = self.module.open_defers(self.image, func);
         let objects = self.module.stack_objects(self.image, func);
         let findings = Analysis::run(code, self.image, open.as_ref(), objects, spare);
         if !findings.settled {
-            warn(format!(
-                "the code of {name} could not be followed to its end"
-            ));
+            found.warn(
+                func,
+                format!("the code of {name} could not be followed to its end"),
+            );
         }
         let namer = Namer {
             image: self.image,
@@ -203,23 +221,23 @@ impl Search<'_, '_> {
         };
         let mut drafts = registering_calls(code, &findings, &namer);
         if let Some(open) = &open {
-            let found = self.open_coded(code, &findings, &namer);
+            let stored = self.open_coded(code, &findings, &namer);
             // A statement that the compiler removed as unreachable has its slot declared still; but
             // nothing sets its bit.
             let set =
                 |bit: &u8| 1u8.checked_shl((*bit).into()).unwrap_or(0) & findings.bits_set != 0;
-            let has_store = |bit: &u8| found.iter().any(|site| site.bit == Some(*bit));
+            let has_store = |bit: &u8| stored.iter().any(|site| site.bit == Some(*bit));
             let live = (0..u8::try_from(open.slots.len()).unwrap_or(u8::MAX))
                 .filter(|bit| set(bit) || has_store(bit))
                 .count();
-            if found.len() != live {
-                warn(format!(
+            if stored.len() != live {
+                found.warn(func, format!(
                     "{name} declares {} open-coded defers, of which {live} can execute, and {} were found",
                     open.slots.len(),
-                    found.len()
+                    stored.len()
                 ));
             }
-            drafts.extend(found);
+            drafts.extend(stored);
         }
         let mechanisms: Vec<Mechanism> = drafts.iter().map(|d| d.mechanism).collect();
         let facts = Facts {
@@ -239,19 +257,21 @@ impl Search<'_, '_> {
             let (Some(instruction), Some(registration)) =
                 (code.instructions.get(draft.index), placed)
             else {
-                warn(format!(
-                    "a defer of {name} has no instruction that can be probed"
-                ));
+                found.warn(
+                    func,
+                    format!("a defer of {name} has no instruction that can be probed"),
+                );
                 continue;
             };
             let pc = instruction.address;
             let file = table.file(func, pc).map(text).unwrap_or_default();
             let size = name.len() * 2 + file.len() + draft.callee.as_ref().map_or(0, String::len);
-            *room = room.saturating_sub(size + size_of::<Site>());
-            if *room == 0 {
+            found.room = found.room.saturating_sub(size + size_of::<Site>());
+            if found.room == 0 {
+                found.is_cut = true;
                 return;
             }
-            sites.push(Site {
+            found.sites.push(Site {
                 id: SiteId(String::new()),
                 function: name.clone(),
                 function_entry: func.entry,
