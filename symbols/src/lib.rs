@@ -42,9 +42,6 @@ mod release;
 mod runtime;
 mod selfcheck;
 mod sites;
-mod state;
-mod value;
-mod worklist;
 
 pub use address::{FileOffset, VirtualAddress};
 pub use binary::{Binary, Frame};

@@ -8,13 +8,12 @@ use crate::calls::{Callee, Callees};
 use crate::code::Code;
 use crate::decode::Flow;
 use crate::elf::Image;
-use crate::flow::{Analysis, Findings};
+use crate::flow::{Analysis, Findings, Spare};
 use crate::module::Module;
 use crate::pclntab::Func;
 use crate::plan::Basis;
 use crate::reason::{self, Facts};
 use crate::release::Release;
-use crate::worklist::Spare;
 use crate::{Exit, Mechanism, Site, SiteId, VirtualAddress, placement, selfcheck};
 
 /// What the search for sites works on.

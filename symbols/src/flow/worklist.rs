@@ -3,8 +3,8 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
+use super::state::State;
 use crate::blocks::{Block, Blocks};
-use crate::state::State;
 
 /// The states at the starts of a function's blocks, and the blocks that are to be visited.
 #[derive(Debug)]

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
+use super::value::{Bits, Value};
 use crate::decode::{Operand, Register, RegisterSet};
-use crate::value::{Bits, Value};
 
 /// What is known before an instruction.
 #[derive(PartialEq, Debug)]
