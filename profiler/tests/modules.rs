@@ -179,6 +179,12 @@ func main() {
 fn recorded(host: &Path, arguments: &[&str]) -> (BTreeMap<u64, u64>, serde_json::Value) {
     let options = Options::default().n(200).wait().hold();
     let mut running = Running::start(host, &options).unwrap();
+    // `doctor` looks at what `attach` would profile without a choice.
+    let doctor = Command::new(env!("CARGO_BIN_EXE_deferprof"))
+        .args(["doctor", "--format=json", &running.pid().to_string()])
+        .output()
+        .unwrap();
+    let doctor: serde_json::Value = serde_json::from_slice(&doctor.stdout).unwrap();
     let mut arguments: Vec<String> = arguments.iter().map(|a| (*a).to_owned()).collect();
     arguments.push("--format=json".to_owned());
     let mut deferprof = Deferprof::attach(&arguments, running.pid());
@@ -188,6 +194,14 @@ fn recorded(host: &Path, arguments: &[&str]) -> (BTreeMap<u64, u64>, serde_json:
     deferprof.interrupt();
     let (_, profile) = deferprof.output_and_profile();
     running.finish().unwrap();
+    if arguments.len() == 1 {
+        assert_eq!(doctor["target"]["exe"], profile["target"]["exe"]);
+        let sites = profile["sites"].as_array().unwrap().len();
+        assert!(doctor["target"]["sites"].as_u64().unwrap() >= sites as u64);
+    } else {
+        let warnings = doctor["problems"].to_string();
+        assert!(warnings.contains("work.so"), "{warnings}");
+    }
     let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
     for ((_, line), count) in truth.by_place() {
         *expected.entry(u64::from(line)).or_default() += count.registered;

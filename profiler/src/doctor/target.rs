@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{Link, Problem};
 use crate::engine::{LinkChoice, Questions, ebpf};
-use crate::target::Process;
+use crate::target::{GoModule, Process};
 
 /// How many sites there are of each mechanism.
 pub type Mechanisms = BTreeMap<String, u64>;
@@ -19,7 +19,7 @@ pub type Mechanisms = BTreeMap<String, u64>;
 pub struct Target {
     /// Its id.
     pub pid: i32,
-    /// What it executes.
+    /// The file of its Go code: what it executes, or a library that it has loaded.
     pub exe: String,
     /// The Go release that built it.
     pub go_version: String,
@@ -49,11 +49,13 @@ impl Target {
             fix: None,
         };
         let process = Process::open(pid).map_err(|error| blocked(error.to_string()))?;
-        let executable = process.executable().map_err(|error| Problem {
+        let module = GoModule::of(&process, None).map_err(|error| Problem {
             fix: matches!(error, crate::target::TargetError::NotPermitted { .. })
                 .then(|| format!("sudo deferprof attach {pid}")),
             ..blocked(error.to_string())
         })?;
+        let others = module.warning();
+        let executable = module.file;
         let exe = executable.path().display().to_string();
         let unusable =
             |error: deferprof_symbols::Error| blocked(format!("{exe} cannot be profiled: {error}"));
@@ -85,7 +87,9 @@ impl Target {
         let mut problems: Vec<_> = inventory
             .warnings
             .iter()
-            .map(|warning| Problem::warning(warning.to_string(), None))
+            .cloned()
+            .chain(others)
+            .map(|warning| Problem::warning(warning, None))
             .collect();
         problems.extend(target.problems(links));
         Ok((target, problems))
