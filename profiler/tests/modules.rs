@@ -142,7 +142,8 @@ func main() {
     if !uprobes_work() {
         return;
     }
-    for release in ["1.21", "1.27"] {
+    // Plugins of 1.19 have no build info.
+    for release in ["1.19", "1.21", "1.27"] {
         let Some(toolchain) = or_skip(release, Toolchain::find(release)) else {
             continue;
         };

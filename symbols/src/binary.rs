@@ -52,6 +52,7 @@ impl<'data> Binary<'data> {
         let build = BuildInfo::find(&image);
         let location = pclntab::locate(&image)
             .ok_or_else(|| pclntab::missing(&image, bytes, build.is_some()))?;
+        let build = build.or_else(|| BuildInfo::of_symbol(&image, bytes));
         let build = build.ok_or_else(|| {
             let problem =
                 "it is missing, so the Go release is unknown: Go 1.12 and older wrote none";

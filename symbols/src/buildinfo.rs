@@ -4,6 +4,9 @@
 //! With flag 2 (since 1.18) the strings follow inline at byte 32; before, two pointers to Go string
 //! headers stand at bytes 16 and 24.
 
+use object::read::elf::ElfFile64;
+use object::{LittleEndian, Object as _, ObjectSymbol as _};
+
 use crate::VirtualAddress;
 use crate::bytes::Bytes;
 use crate::elf::Image;
@@ -39,6 +42,21 @@ impl BuildInfo {
             })
     }
 
+    /// The release alone, from the runtime's own variable: up to 1.19 `cmd/link` puts no build info into
+    /// plugins and what is linked to shared libraries, but all their symbols into `.dynsym`.
+    pub fn of_symbol(image: &Image<'_>, file: &[u8]) -> Option<Self> {
+        let elf = ElfFile64::<LittleEndian>::parse(file).ok()?;
+        // What the variable points to: the pointer itself is set by a relocation.
+        let symbol = elf
+            .dynamic_symbols()
+            .chain(elf.symbols())
+            .find(|symbol| symbol.name_bytes() == Ok(b"runtime.buildVersion.str"))?;
+        let version = image.read(VirtualAddress(symbol.address()), symbol.size())?;
+        // The size includes the zero behind it.
+        let version = version.strip_suffix(b"\0").unwrap_or(version);
+        Self::new(version, &[])
+    }
+
     fn read(image: &Image<'_>, blob: Bytes<'_>) -> Option<Self> {
         if blob.slice(0, MAGIC.len() as u64)? != MAGIC || blob.u8(14)? != 8 {
             return None;
@@ -62,6 +80,10 @@ impl BuildInfo {
             // addend in place.
             (string(16)?, string(24).unwrap_or_default())
         };
+        Self::new(version, settings)
+    }
+
+    fn new(version: &[u8], settings: &[u8]) -> Option<Self> {
         let version = String::from_utf8(version.to_vec()).ok()?;
         // The settings stand between two 16-byte markers.
         let inner = settings
