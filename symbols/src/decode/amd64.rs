@@ -70,7 +70,7 @@ enum Class {
 
 impl Class {
     fn of(mnemonic: Mnemonic) -> Self {
-        const CLASSES: [Class; 2048] = classes();
+        static CLASSES: [Class; 2048] = classes();
         let known = CLASSES.get(mnemonic as usize);
         known.copied().unwrap_or(Self::Unknown)
     }
@@ -470,6 +470,60 @@ mod tests {
         }
         // lock cmpxchg %ecx,(%rdx)
         assert!(!one(&[0xf0, 0x0f, 0xb1, 0x0a]).probeable);
+    }
+
+    /// What the classes leave out must be what iced says is not there.
+    #[test]
+    fn classes_agree_with_iced() {
+        let mut factory = InstructionInfoFactory::new();
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut compared = [0; Class::Unknown as usize];
+        for _ in 0..2_000_000 {
+            // xorshift64*
+            seed ^= seed >> 12;
+            seed ^= seed << 25;
+            seed ^= seed >> 27;
+            let random = seed.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes();
+            let mut code = [0; 16];
+            code[..8].copy_from_slice(&random);
+            let mut decoder = Decoder::with_ip(64, &code, 0x1000, DecoderOptions::NONE);
+            let iced = decoder.decode();
+            let class = Class::of(iced.mnemonic());
+            if iced.is_invalid() || class == Class::Unknown || iced.op_count() > 2 {
+                continue;
+            }
+            let (mut writes, mut stores) = (0 as RegisterSet, false);
+            let info = factory.info(&iced);
+            let is_write = |access| {
+                !matches!(
+                    access,
+                    OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+                )
+            };
+            for used in info
+                .used_registers()
+                .iter()
+                .filter(|r| is_write(r.access()))
+            {
+                if let Some(register) = general(used.register()).filter(|r| *r != SP) {
+                    writes |= 1 << register;
+                }
+            }
+            if !matches!(iced.mnemonic(), Mnemonic::Push | Mnemonic::Call) {
+                stores = info.used_memory().iter().any(|m| is_write(m.access()));
+            }
+            let ours = translate(&iced, &mut None);
+            let written = ours.op.written().filter(|r| *r != SP);
+            let ours_written = ours.clobbers | written.map_or(0, |r| 1 << r);
+            assert_eq!(ours_written, writes, "{iced:?} {random:x?}");
+            assert_eq!(
+                matches!(ours.op, Op::Store { .. }),
+                stores,
+                "{iced:?} {random:x?}"
+            );
+            compared[class as usize] += 1;
+        }
+        assert!(compared.iter().all(|n| *n > 100), "{compared:?}");
     }
 
     #[test]
