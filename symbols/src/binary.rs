@@ -52,7 +52,14 @@ impl<'data> Binary<'data> {
         let build = BuildInfo::find(&image);
         let location = pclntab::locate(&image)
             .ok_or_else(|| pclntab::missing(&image, bytes, build.is_some()))?;
-        let build = build.or_else(|| BuildInfo::of_symbol(&image, bytes));
+        let build = build.or_else(|| {
+            let fits = |version: &str| {
+                Release::parse(version)
+                    .and_then(|release| Layout::of(release, version).ok())
+                    .is_some_and(|layout| layout.magic == location.magic)
+            };
+            BuildInfo::of_variable(&image, bytes, fits)
+        });
         let build = build.ok_or_else(|| {
             let problem =
                 "it is missing, so the Go release is unknown: Go 1.12 and older wrote none";

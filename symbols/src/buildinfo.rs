@@ -4,6 +4,8 @@
 //! With flag 2 (since 1.18) the strings follow inline at byte 32; before, two pointers to Go string
 //! headers stand at bytes 16 and 24.
 
+use std::collections::BTreeSet;
+
 use object::read::elf::ElfFile64;
 use object::{LittleEndian, Object as _, ObjectSymbol as _};
 
@@ -42,9 +44,34 @@ impl BuildInfo {
             })
     }
 
-    /// The release alone, from the runtime's own variable: up to 1.19 `cmd/link` puts no build info into
-    /// plugins and what is linked to shared libraries, but all their symbols into `.dynsym`.
-    pub fn of_symbol(image: &Image<'_>, file: &[u8]) -> Option<Self> {
+    /// The release alone, from the runtime's own variable `buildVersion`: up to 1.19 `cmd/link` puts no
+    /// build info into plugins and what is linked to shared libraries. `fits` says whether a version
+    /// fits what else is known.
+    pub fn of_variable(
+        image: &Image<'_>,
+        file: &[u8],
+        fits: impl Fn(&str) -> bool,
+    ) -> Option<Self> {
+        if let Some(build) = Self::of_symbol(image, file) {
+            return Some(build);
+        }
+        // Where the linker has dropped the symbol, the text stands among others, nothing between them.
+        let constants = image.segments.iter().filter(|s| !s.writable);
+        let versions = constants.flat_map(|segment| {
+            memchr::memmem::find_iter(segment.data, b"go1.").filter_map(|at| {
+                let version = segment.data.get(at..)?.get(.."go1.NN".len())?;
+                str::from_utf8(version).ok().filter(|version| fits(version))
+            })
+        });
+        let versions: BTreeSet<&str> = versions.collect();
+        match versions.len() {
+            1 => Self::new(versions.first()?.as_bytes(), &[]),
+            _ => None,
+        }
+    }
+
+    /// Its value, where its symbol is in `.dynsym`.
+    fn of_symbol(image: &Image<'_>, file: &[u8]) -> Option<Self> {
         let elf = ElfFile64::<LittleEndian>::parse(file).ok()?;
         // What the variable points to: the pointer itself is set by a relocation.
         let symbol = elf
