@@ -53,8 +53,11 @@ impl<'data> Binary<'data> {
         let location = pclntab::locate(&image)
             .ok_or_else(|| pclntab::missing(&image, bytes, build.is_some()))?;
         let build = build.or_else(|| {
+            /// The last that leaves build info out of anything.
+            const LAST_WITHOUT: u16 = 19;
             let fits = |version: &str| {
                 Release::parse(version)
+                    .filter(|release| release.minor <= LAST_WITHOUT)
                     .and_then(|release| Layout::of(release, version).ok())
                     .is_some_and(|layout| layout.magic == location.magic)
             };

@@ -52,20 +52,29 @@ impl BuildInfo {
         file: &[u8],
         fits: impl Fn(&str) -> bool,
     ) -> Option<Self> {
-        if let Some(build) = Self::of_symbol(image, file) {
-            return Some(build);
-        }
-        // Where the linker has dropped the symbol, the text stands among others, nothing between them.
+        Self::of_symbol(image, file)
+            .or_else(|| Self::of_text(image))
+            .filter(|build| fits(&build.version))
+    }
+
+    /// Its value, if the constants name no other release. Where the linker has dropped the symbol, the
+    /// text stands among others, nothing between them.
+    fn of_text(image: &Image<'_>) -> Option<Self> {
+        const START: &[u8] = b"go1.";
         let constants = image.segments.iter().filter(|s| !s.writable);
         let versions = constants.flat_map(|segment| {
-            memchr::memmem::find_iter(segment.data, b"go1.").filter_map(|at| {
-                let version = segment.data.get(at..)?.get(.."go1.NN".len())?;
-                str::from_utf8(version).ok().filter(|version| fits(version))
+            memchr::memmem::find_iter(segment.data, START).filter_map(|at| {
+                let text = segment.data.get(at..)?;
+                let digits = text.get(START.len()..)?.iter();
+                // No release has three; a third is of the next text.
+                let digits = digits.take(2).take_while(|byte| byte.is_ascii_digit());
+                let length = START.len() + digits.count();
+                text.get(..length).filter(|_| length > START.len())
             })
         });
-        let versions: BTreeSet<&str> = versions.collect();
+        let versions: BTreeSet<&[u8]> = versions.collect();
         match versions.len() {
-            1 => Self::new(versions.first()?.as_bytes(), &[]),
+            1 => Self::new(versions.first()?, &[]),
             _ => None,
         }
     }

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use gimli::{AttributeValue, EndianSlice, LittleEndian, SectionId};
+use gimli::{AttributeValue, EndianSlice, LittleEndian};
 use object::read::elf::ElfFile64;
 use object::{Object as _, ObjectSection as _};
 
@@ -37,25 +37,16 @@ impl Members {
         let Ok(elf) = ElfFile64::<object::LittleEndian>::parse(file) else {
             return Self::default();
         };
-        let section = |id| match id {
-            SectionId::DebugInfo | SectionId::DebugAbbrev => contents(&elf, id.name()),
-            _ => None,
-        };
-        let (Some(info), Some(abbreviations)) = (
-            section(SectionId::DebugInfo),
-            section(SectionId::DebugAbbrev),
-        ) else {
-            return Self::default();
-        };
-        let mut members = HashMap::new();
-        // What was read before damage stays: it was right as far as it goes.
-        collect(&info, &abbreviations, &mut members).ok();
-        Self(members)
+        match [".debug_info", ".debug_abbrev"].map(|name| contents(&elf, name)) {
+            [Some(info), Some(abbreviations)] => Self::of_sections(&info, &abbreviations),
+            _ => Self::default(),
+        }
     }
 
-    #[cfg(feature = "fuzzing")]
+    /// From the contents of `.debug_info` and `.debug_abbrev`.
     pub fn of_sections(info: &[u8], abbreviations: &[u8]) -> Self {
         let mut members = HashMap::new();
+        // What was read before damage stays: it was right as far as it goes.
         collect(info, abbreviations, &mut members).ok();
         Self(members)
     }

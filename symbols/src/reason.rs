@@ -41,6 +41,7 @@ pub(crate) fn of_stack(facts: &Facts<'_>) -> Option<Reason> {
     has_some.then(|| rule(facts))
 }
 
+/// The rule that such a function falls under.
 fn rule(facts: &Facts<'_>) -> Reason {
     let calls = |callee| facts.calls.iter().filter(|c| **c == callee).count();
     let has = |mechanism| facts.mechanisms.contains(&mechanism);

@@ -141,8 +141,8 @@ impl<'a> Analysis<'a> {
 
     /// Visits blocks until their states at entry no longer change; false if they would not settle.
     fn settle(&mut self, spare: &mut Spare) -> bool {
-        /// Blocks are visited again only while they learn something: twice, on the average, and a
-        /// state holds some dozens of facts. Code that takes far more work is not the compiler's.
+        /// Blocks are visited again only while they learn something: fewer visits than blocks, on the
+        /// whole, and a state holds some dozens of facts. Code that takes far more work is not the compiler's.
         const WORK_PER_INSTRUCTION: usize = 512;
         let code = self.code;
         let instructions = code.instructions.len();
