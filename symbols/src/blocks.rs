@@ -146,6 +146,11 @@ impl Blocks {
         })
     }
 
+    /// Whether control may come to a block from more than one other.
+    pub fn is_joined(&self, at: usize) -> bool {
+        self.previous.of(at).len() > 1
+    }
+
     /// The block that contains an instruction.
     pub fn containing(&self, index: usize) -> Option<Block<'_>> {
         self.get(*self.of.get(index)?)

@@ -8,7 +8,7 @@ use crate::calls::{Callee, Callees};
 use crate::code::Code;
 use crate::decode::Flow;
 use crate::elf::Image;
-use crate::flow::{Analysis, Findings, Spare};
+use crate::flow::{Analysis, Findings, Memory};
 use crate::module::Module;
 use crate::pclntab::Func;
 use crate::plan::Basis;
@@ -43,7 +43,7 @@ struct Found {
 #[derive(Default)]
 struct Scratch {
     code: Code,
-    spare: Spare,
+    memory: Memory,
 }
 
 /// A site before it has its ordinal.
@@ -197,7 +197,7 @@ impl Search<'_, '_> {
     fn function(&self, func: Func, callees: &Callees, scratch: &mut Scratch, found: &mut Found) {
         let table = &self.module.table;
         let name = table.name(func).map(text).unwrap_or_default();
-        let Scratch { code, spare } = scratch;
+        let Scratch { code, memory } = scratch;
         if !code.read(self.image, self.module, callees, func) {
             found.warn(
                 func,
@@ -207,7 +207,7 @@ impl Search<'_, '_> {
         }
         let open = self.module.open_defers(self.image, func);
         let objects = self.module.stack_objects(self.image, func);
-        let findings = Analysis::run(code, self.image, open.as_ref(), objects, spare);
+        let findings = Analysis::run(code, self.image, open.as_ref(), objects, memory);
         if !findings.settled {
             found.warn(
                 func,

@@ -18,7 +18,7 @@ pub(crate) type Register = u8;
 pub(crate) type RegisterSet = u32;
 
 /// One decoded instruction.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Instruction {
     pub address: VirtualAddress,
     /// What the kernel does with a uprobe here.
@@ -124,6 +124,8 @@ pub(crate) struct Conventions {
     pub g: Register,
     /// Displacement from SP, at a CALL instruction, of the first stack argument.
     pub stack_arguments: i64,
+    /// How many general registers there are, with SP or zero.
+    pub registers: usize,
 }
 
 impl Architecture {
@@ -133,11 +135,13 @@ impl Architecture {
                 first_argument: 0,
                 g: 14,
                 stack_arguments: 0,
+                registers: 16,
             },
             Self::Arm64 => Conventions {
                 first_argument: 0,
                 g: 28,
                 stack_arguments: 8,
+                registers: 32,
             },
         }
     }
@@ -167,6 +171,7 @@ impl Instruction {
         self.probeable && self.kind.is_emulated()
     }
 
+    #[inline]
     fn new(address: VirtualAddress) -> Self {
         Self {
             address,
@@ -195,7 +200,7 @@ pub(crate) fn function(
     instructions.reserve(code.len() / SHORT);
     match architecture {
         Architecture::Amd64 => {
-            amd64::Instructions::new(entry, code).for_each(|i| instructions.push(i));
+            amd64::Instructions::new(entry, code).read_all(instructions);
         }
         Architecture::Arm64 => instructions.extend(arm64::instructions(entry, code)),
     }

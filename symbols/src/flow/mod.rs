@@ -16,12 +16,12 @@ use std::ops::Range;
 use crate::VirtualAddress;
 use crate::blocks::Block;
 use crate::code::Code;
-use crate::decode::{Conventions, Flow, Instruction, Op, Operand, Place};
+use crate::decode::{Conventions, Flow, Op, Place};
 use crate::elf::Image;
 use crate::module::OpenDefers;
 use state::State;
-use value::Value;
-pub(crate) use worklist::Spare;
+use value::{Definition, Value};
+pub(crate) use worklist::Memory;
 use worklist::Worklist;
 
 /// What was found in one function; indices are into its instructions.
@@ -87,7 +87,7 @@ impl<'a> Analysis<'a> {
         image: &'a Image<'a>,
         open: Option<&'a OpenDefers>,
         objects: Option<Vec<Range<i64>>>,
-        spare: &mut Spare,
+        memory: &mut Memory,
     ) -> Findings {
         let conventions = image.architecture.conventions();
         let mut analysis = Self {
@@ -107,7 +107,7 @@ impl<'a> Analysis<'a> {
             None => analysis.findings.bits_set = u8::MAX,
         }
         analysis.findings.diverts = vec![true; code.instructions.len()];
-        analysis.findings.settled = analysis.settle(spare);
+        analysis.findings.settled = analysis.settle(memory);
         analysis.findings
     }
 
@@ -140,7 +140,7 @@ impl<'a> Analysis<'a> {
     }
 
     /// Visits blocks until their states at entry no longer change; false if they would not settle.
-    fn settle(&mut self, spare: &mut Spare) -> bool {
+    fn settle(&mut self, memory: &mut Memory) -> bool {
         /// Blocks are visited again only while they learn something: fewer visits than blocks, on the
         /// whole, and a state holds some dozens of facts. Code that takes far more work is not the compiler's.
         const WORK_PER_INSTRUCTION: usize = 512;
@@ -150,8 +150,8 @@ impl<'a> Analysis<'a> {
             .saturating_mul(WORK_PER_INSTRUCTION)
             .saturating_add(1 << 20);
         let mut visited = vec![false; code.blocks.len()];
-        let entry = State::at_entry(instructions);
-        let mut worklist = Worklist::new(&code.blocks, &entry, spare);
+        let entry = State::at_entry(instructions, self.conventions.registers);
+        let mut worklist = Worklist::new(&code.blocks, &entry, memory);
         while let Some((at, block, mut state)) = worklist.next() {
             let work = (state.facts()).saturating_mul(1 + block.next.len()) + block.range().len();
             let Some(left) = budget.checked_sub(work) else {
@@ -164,8 +164,10 @@ impl<'a> Analysis<'a> {
                 state.enter(&block.range());
                 self.forget(&block.range());
             }
-            for index in block.range() {
-                self.step(&mut state, index);
+            let instructions = code.instructions.get(block.range()).unwrap_or_default();
+            let callees = code.callees.get(block.range()).unwrap_or_default();
+            for ((index, instruction), callee) in block.range().zip(instructions).zip(callees) {
+                self.step(&mut state, index, instruction, *callee);
             }
             let not_nil = self.not_nil_behind(&state, block);
             let learned = |at| not_nil.filter(|known| known.0 == at).map(|known| known.1);
@@ -196,7 +198,7 @@ impl<'a> Analysis<'a> {
     }
 
     /// The block behind a branch in which a pointer is known not to be nil, and that pointer.
-    fn not_nil_behind(&self, state: &State, block: Block<'_>) -> Option<(usize, u32)> {
+    fn not_nil_behind(&self, state: &State, block: Block<'_>) -> Option<(usize, Definition)> {
         let last = block.range().next_back()?;
         let branch = self.code.instructions.get(last)?;
         let (Flow::Branch(_), Some(test)) = (branch.flow, branch.zero_test) else {
@@ -232,15 +234,20 @@ impl<'a> Analysis<'a> {
         self.open?;
         // Addresses of stack cells that registers hold: arm64 forms those that no store can name
         // in a register first.
-        let mut state = State::at_entry(self.code.instructions.len());
+        let registers = self.conventions.registers;
+        let mut state = State::at_entry(self.code.instructions.len(), registers);
         for (index, instruction) in self.code.instructions.iter().enumerate() {
-            if self
-                .stores(&state, index)
-                .any(|(key, size, _)| self.is_bits(key, size))
-            {
-                return Some(index);
-            }
             match instruction.op {
+                Op::Store {
+                    to, count, size, ..
+                } => {
+                    if let Some(key) = self.stack_cell(&state, index, to) {
+                        let second = key.wrapping_sub(size.into());
+                        if self.is_bits(key, size) || count > 1 && self.is_bits(second, size) {
+                            return Some(index);
+                        }
+                    }
+                }
                 Op::StackAddress(to, displacement) => {
                     state.set(to, Value::Stack(self.code.stack_key(index, displacement)));
                 }
@@ -265,31 +272,14 @@ impl<'a> Analysis<'a> {
         u8::try_from(at).ok()
     }
 
-    /// The stack cells that an instruction stores to: key, size and operand.
-    fn stores(
-        &self,
-        state: &State,
-        index: usize,
-    ) -> impl Iterator<Item = (i64, u8, Operand)> + use<> {
-        let (mut first, mut second) = (None, None);
-        if let Some(Instruction {
-            op:
-                Op::Store {
-                    to,
-                    values,
-                    count,
-                    size,
-                },
-            ..
-        }) = self.code.instructions.get(index)
-            && let Some(key) = self.stack_cell(state, index, *to)
-        {
-            first = Some((key, *size, values[0]));
-            if *count > 1 {
-                second = Some((key.wrapping_sub(i64::from(*size)), *size, values[1]));
-            }
-        }
-        first.into_iter().chain(second)
+    /// Whether other code may write to a cell.
+    fn is_exposed(&self, key: i64, size: u8) -> bool {
+        let start = key.wrapping_neg();
+        let end = start.saturating_add(size.into());
+        // Variables do not overlap, so the last one that starts before the cell's end decides.
+        let after = self.exposed.partition_point(|e| e.start < end);
+        let before = self.exposed.get(..after).and_then(<[_]>::last);
+        before.is_some_and(|e| start < e.end)
     }
 
     /// The key of the stack cell at a place, if it is one.

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::value::{Bits, Value};
+use super::value::{Bits, Definition, Value};
 use crate::decode::{Operand, Register, RegisterSet};
 
 /// What is known before an instruction.
@@ -14,17 +14,22 @@ pub(crate) struct State {
     pub cells: Vec<Cell>,
     /// The definitions ([`Value::Defined`]) through which memory was accessed, or that were compared
     /// with nil: they are not nil. Sorted.
-    pub dereferenced: Vec<u32>,
+    pub dereferenced: Vec<Definition>,
     /// The bits of the defers that are registered and have not run.
     pub active: Bits,
+    /// Whether a pointer may be in a cell that other code may write to.
+    has_exposed: bool,
 }
 
+/// A stack cell and what it holds.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) struct Cell {
     /// Bytes below varp; the cell covers keys `key − size + 1 ..= key`.
-    key: i64,
-    size: u8,
-    value: Value,
+    pub key: i64,
+    pub size: u8,
+    /// Whether it holds a pointer that other code may overwrite.
+    pub is_exposed: bool,
+    pub value: Value,
 }
 
 /// General registers of the larger architecture, and one for SP or zero.
@@ -34,11 +39,10 @@ pub(crate) const REGISTERS: usize = 32;
 const MOST_KNOWN: usize = 4096;
 
 impl State {
-    /// At a function's entry each register holds something of its own.
-    pub fn at_entry(instructions: usize) -> Self {
-        let first = u32::try_from(instructions).unwrap_or(u32::MAX - REGISTERS as u32);
+    /// At a function's entry each of so many registers holds something of its own.
+    pub fn at_entry(instructions: usize, count: usize) -> Self {
         let mut registers = [Value::Unknown; REGISTERS];
-        for (register, definition) in registers.iter_mut().zip(first..) {
+        for (register, definition) in registers.iter_mut().take(count).zip(instructions as u64..) {
             *register = Value::Defined(definition);
         }
         Self {
@@ -46,9 +50,11 @@ impl State {
             cells: Vec::new(),
             dereferenced: Vec::new(),
             active: Bits::NONE,
+            has_exposed: false,
         }
     }
 
+    #[inline]
     pub fn get(&self, register: Register) -> Value {
         self.registers
             .get(usize::from(register))
@@ -56,6 +62,7 @@ impl State {
             .unwrap_or(Value::Unknown)
     }
 
+    #[inline]
     pub fn set(&mut self, register: Register, value: Value) {
         if let Some(place) = self.registers.get_mut(usize::from(register)) {
             *place = value;
@@ -67,6 +74,7 @@ impl State {
         REGISTERS + self.cells.len() + self.dereferenced.len()
     }
 
+    #[inline]
     pub fn clobber(&mut self, mut registers: RegisterSet) {
         while registers != 0 {
             self.set(registers.trailing_zeros() as u8, Value::Unknown);
@@ -74,6 +82,7 @@ impl State {
         }
     }
 
+    #[inline]
     pub fn operand(&self, operand: Operand) -> Value {
         match operand {
             Operand::Register(register) => self.get(register),
@@ -83,34 +92,37 @@ impl State {
     }
 
     /// Sets a cell, forgetting every other that overlaps it.
-    pub fn put(&mut self, key: i64, size: u8, value: Value) {
+    pub fn put(&mut self, cell: Cell) {
         /// No cell is larger.
         const LARGEST: i64 = 8;
-        if value == Value::Unknown && self.cells.is_empty() {
+        let Cell { key, size, .. } = cell;
+        let known = cell.value != Value::Unknown;
+        if !known && self.cells.is_empty() {
             return;
         }
-        let overlaps = |c: &Cell| c.key.saturating_sub(i64::from(c.size)) < key;
-        let known = value != Value::Unknown;
         // Addresses run against keys: the store covers keys key − size + 1 ..= key.
         let low = key.saturating_sub(i64::from(size));
-        let mut at = self.cells.partition_point(|c| c.key <= low);
-        while let Some(cell) = self.cells.get_mut(at)
-            && cell.key < key.saturating_add(LARGEST)
+        let first = self.cells.partition_point(|c| c.key <= low);
+        let mut at = first;
+        while let Some(other) = self.cells.get_mut(at)
+            && other.key < key.saturating_add(LARGEST)
         {
-            if known && (cell.key, cell.size) == (key, size) {
+            if known && (other.key, other.size) == (key, size) {
                 // Nothing else can overlap it.
-                cell.value = value;
+                *other = cell;
+                self.has_exposed |= cell.is_exposed;
                 return;
             }
-            if overlaps(cell) {
+            if other.key.saturating_sub(i64::from(other.size)) < key {
                 self.cells.remove(at);
             } else {
                 at += 1;
             }
         }
         if known && self.cells.len() < MOST_KNOWN {
-            let at = self.cells.partition_point(|c| c.key < key);
-            self.cells.insert(at, Cell { key, size, value });
+            // Those from `first` on that are left lie behind it.
+            self.cells.insert(first, cell);
+            self.has_exposed |= cell.is_exposed;
         }
     }
 
@@ -138,7 +150,7 @@ impl State {
     }
 
     /// The pointer that was defined there is not nil.
-    pub fn is_not_nil(&mut self, definition: u32) {
+    pub fn is_not_nil(&mut self, definition: Definition) {
         if let Err(at) = self.dereferenced.binary_search(&definition) {
             self.dereferenced.insert(at, definition);
         }
@@ -147,7 +159,8 @@ impl State {
     /// Forgets what was defined in `block`, which is about to define it anew. (Before its first
     /// visit there is nothing of that.)
     pub fn enter(&mut self, block: &Range<usize>) {
-        let defined_in = |d: u32| block.contains(&(d as usize));
+        let block = block.start as u64..block.end as u64;
+        let defined_in = |d: Definition| block.contains(&d);
         let stale = |value: &Value| matches!(value, Value::Defined(d) if defined_in(*d));
         for register in &mut self.registers {
             if stale(register) {
@@ -159,26 +172,15 @@ impl State {
     }
 
     /// Forgets the pointers in cells that other code may have changed.
-    pub fn forget_pointers(&mut self, exposed: &[Range<i64>]) {
-        let is_pointer = |c: &Cell| matches!(c.value, Value::Defined(_));
-        if exposed.is_empty() || !self.cells.iter().any(is_pointer) {
-            return;
+    #[inline]
+    pub fn forget_pointers(&mut self) {
+        if std::mem::replace(&mut self.has_exposed, false) {
+            self.cells.retain(|c| !c.is_exposed);
         }
-        // Variables do not overlap, so the last one that starts before the cell's end decides.
-        let reaches = |start: i64, end: i64| {
-            let after = exposed.partition_point(|e| e.start < end);
-            exposed
-                .get(..after)
-                .is_some_and(|before| before.last().is_some_and(|e| start < e.end))
-        };
-        self.cells.retain(|c| {
-            let start = c.key.wrapping_neg();
-            !is_pointer(c) || !reaches(start, start.saturating_add(i64::from(c.size)))
-        });
     }
 
     /// Joins `other` in, in which `not_nil` is not nil, too; true if that changed anything.
-    pub fn join(&mut self, other: &Self, not_nil: Option<u32>) -> bool {
+    pub fn join(&mut self, other: &Self, not_nil: Option<Definition>) -> bool {
         let mut changed = false;
         for (mine, theirs) in self.registers.iter_mut().zip(&other.registers) {
             if *mine != Value::Unknown && *mine != *theirs {
@@ -193,28 +195,42 @@ impl State {
                 .retain(|d| Some(*d) == not_nil || other.dereferenced.binary_search(d).is_ok());
             changed |= self.dereferenced.len() != known;
         }
-        if self.cells != other.cells {
-            let mut at = 0;
-            self.cells.retain_mut(|mine| {
-                while other.cells.get(at).is_some_and(|t| t.key < mine.key) {
-                    at += 1;
-                }
-                let joined = match other.cells.get(at) {
-                    Some(theirs) if (theirs.key, theirs.size) == (mine.key, mine.size) => {
-                        mine.value.join(theirs.value)
-                    }
-                    _ => Value::Unknown,
-                };
-                if joined != mine.value {
-                    changed = true;
-                    mine.value = joined;
-                }
-                joined != Value::Unknown
-            });
+        let both = self.cells.iter().zip(&other.cells);
+        let same = both.take_while(|(mine, theirs)| mine == theirs).count();
+        if same < self.cells.len() {
+            changed |= self.join_cells(other, same);
         }
         let active = self.active.join(other.active);
         changed |= active != self.active;
         self.active = active;
+        changed
+    }
+
+    /// Joins the cells from `first` on, of both; true if that changed anything.
+    fn join_cells(&mut self, other: &Self, first: usize) -> bool {
+        let mut changed = false;
+        let mut kept = first;
+        let mut theirs = other.cells.iter().skip(first).peekable();
+        for at in first..self.cells.len() {
+            let Some(mine) = self.cells.get(at).copied() else {
+                break;
+            };
+            while theirs.next_if(|t| t.key < mine.key).is_some() {}
+            let value = match theirs.peek() {
+                Some(theirs) if (theirs.key, theirs.size) == (mine.key, mine.size) => {
+                    mine.value.join(theirs.value)
+                }
+                _ => Value::Unknown,
+            };
+            changed |= value != mine.value;
+            if value != Value::Unknown
+                && let Some(place) = self.cells.get_mut(kept)
+            {
+                *place = Cell { value, ..mine };
+                kept += 1;
+            }
+        }
+        self.cells.truncate(kept);
         changed
     }
 }
@@ -226,6 +242,7 @@ impl Clone for State {
             cells: self.cells.clone(),
             dereferenced: self.dereferenced.clone(),
             active: self.active,
+            has_exposed: self.has_exposed,
         }
     }
 
@@ -235,5 +252,6 @@ impl Clone for State {
         self.cells.clone_from(&other.cells);
         self.dereferenced.clone_from(&other.dereferenced);
         self.active = other.active;
+        self.has_exposed = other.has_exposed;
     }
 }

@@ -1,27 +1,44 @@
 //! What one instruction does to what is known, and what is to be noted of it.
 
-use super::state::{REGISTERS, State};
+use super::state::{Cell, REGISTERS, State};
 use super::value::{Bits, SMALLEST_ADDRESS, Value};
 use super::{Analysis, Closure, SlotStore};
 use crate::calls::Callee;
-use crate::decode::{Faults, Flow, Instruction, Op, Place, Register};
+use crate::decode::{Faults, Flow, Instruction, Op, Operand, Place, Register};
 use crate::{Mechanism, VirtualAddress};
 
 impl Analysis<'_> {
-    pub(super) fn step(&mut self, state: &mut State, index: usize) {
-        let code = self.code;
-        let Some(instruction) = code.instructions.get(index) else {
-            return;
-        };
-        let callee = self
-            .code
-            .callees
-            .get(index)
-            .copied()
-            .unwrap_or(Callee::Other);
+    #[inline]
+    pub(super) fn step(
+        &mut self,
+        state: &mut State,
+        index: usize,
+        instruction: &Instruction,
+        callee: Callee,
+    ) {
         self.record(state, index, instruction, callee);
-        if !self.store(state, index, instruction) {
-            self.compute(state, index, instruction.op);
+        match instruction.op {
+            Op::Other => {}
+            Op::Set(to, value) => state.set(to, Value::Constant(value)),
+            Op::Copy(to, from) => state.set(to, state.get(from)),
+            Op::StackAddress(to, displacement) => {
+                state.set(to, Value::Stack(self.code.stack_key(index, displacement)));
+            }
+            Op::Add(to, from, offset) => state.set(to, state.get(from).plus(offset)),
+            Op::And(to, a, b) => state.set(to, state.get(a).and(state.operand(b))),
+            Op::Or(to, a, b) => state.set(to, state.get(a).or(state.operand(b))),
+            Op::Select(to, a, b) => state.set(to, state.get(a).join(state.get(b))),
+            Op::Boolean(to) => state.set(to, Value::Bits(Bits { must: 0, may: 1 })),
+            Op::Load { to, from, size } => self.load(state, index, to, from, size),
+            Op::Store {
+                to,
+                values,
+                count,
+                size,
+            } => {
+                let values = values.get(..count.into()).unwrap_or(&values);
+                self.store(state, index, to, values, size);
+            }
         }
         state.clobber(instruction.clobbers);
         if matches!(instruction.flow, Flow::Call(_) | Flow::IndirectCall) {
@@ -29,14 +46,11 @@ impl Analysis<'_> {
         }
     }
 
-    /// The effect of a store on cells, bits and slots; false if it is no store.
-    fn store(&mut self, state: &mut State, index: usize, instruction: &Instruction) -> bool {
-        let Op::Store { to, values, .. } = instruction.op else {
-            return false;
-        };
+    /// The effect of a store on cells, bits and slots.
+    fn store(&mut self, state: &mut State, index: usize, to: Place, values: &[Operand], size: u8) {
         if let Place::Based(base, 0) = to
-            && let (Value::Object(object), Value::Constant(code)) =
-                (state.get(base), state.operand(values[0]))
+            && let (Value::Object(object), Some(first)) = (state.get(base), values.first())
+            && let Value::Constant(code) = state.operand(*first)
         {
             self.findings.object_code.entry(object).or_insert(code);
         }
@@ -49,34 +63,51 @@ impl Analysis<'_> {
             Place::Unknown => true,
         };
         if may_alias {
-            state.forget_pointers(&self.exposed);
+            state.forget_pointers();
         }
-        for (key, size, operand) in self.stores(state, index) {
-            let value = state.operand(operand);
-            if self.is_bits(key, size) {
-                self.store_bits(state, index, value.bits());
-            } else if size == 8
-                && index > self.first_bits_store
-                && let Some(bit) = self.slot_at(key)
-            {
-                let mask = 1u8.checked_shl(u32::from(bit)).unwrap_or(0);
-                state.active.must |= mask;
-                state.active.may |= mask;
-                let closure = closure(state, value);
-                self.findings
-                    .slot_stores
-                    .insert(index, SlotStore { bit, closure });
+        let Some(mut key) = self.stack_cell(state, index, to) else {
+            return;
+        };
+        for operand in values {
+            self.store_cell(state, index, key, size, state.operand(*operand));
+            key = key.wrapping_sub(size.into());
+        }
+    }
+
+    /// The effect of a store of one value on the cell, and on bits and slots.
+    fn store_cell(&mut self, state: &mut State, index: usize, key: i64, size: u8, value: Value) {
+        if self.is_bits(key, size) {
+            self.store_bits(state, index, value.bits());
+        } else if size == 8
+            && index > self.first_bits_store
+            && let Some(bit) = self.slot_at(key)
+        {
+            let mask = 1u8.checked_shl(u32::from(bit)).unwrap_or(0);
+            state.active.must |= mask;
+            state.active.may |= mask;
+            let closure = closure(state, value);
+            self.findings
+                .slot_stores
+                .insert(index, SlotStore { bit, closure });
+        }
+        // Of a cell that is not loaded from only the address of a closure is of use.
+        let is_useless = match value {
+            Value::Defined(_) | Value::Bits(_) | Value::Constant(..SMALLEST_ADDRESS) => {
+                self.loaded.binary_search(&key).is_err()
             }
-            // Of a cell that is not loaded from only the address of a closure is of use.
-            let useless = match value {
-                Value::Defined(_) | Value::Bits(_) | Value::Constant(..SMALLEST_ADDRESS) => {
-                    self.loaded.binary_search(&key).is_err()
-                }
-                _ => false,
-            };
-            state.put(key, size, if useless { Value::Unknown } else { value });
-        }
-        true
+            _ => false,
+        };
+        let value = if is_useless { Value::Unknown } else { value };
+        self.put(state, key, size, value);
+    }
+
+    fn put(&self, state: &mut State, key: i64, size: u8, value: Value) {
+        state.put(Cell {
+            key,
+            size,
+            is_exposed: matches!(value, Value::Defined(_)) && self.is_exposed(key, size),
+            value,
+        });
     }
 
     /// A store to `deferBits`: it activates, initialises, or clears a bit at an exit.
@@ -100,25 +131,8 @@ impl Analysis<'_> {
         };
     }
 
-    fn compute(&mut self, state: &mut State, index: usize, op: Op) {
-        match op {
-            Op::Other | Op::Store { .. } => {}
-            Op::Set(to, value) => state.set(to, Value::Constant(value)),
-            Op::Copy(to, from) => state.set(to, state.get(from)),
-            Op::StackAddress(to, displacement) => {
-                state.set(to, Value::Stack(self.code.stack_key(index, displacement)));
-            }
-            Op::Add(to, from, offset) => state.set(to, state.get(from).plus(offset)),
-            Op::And(to, a, b) => state.set(to, state.get(a).and(state.operand(b))),
-            Op::Or(to, a, b) => state.set(to, state.get(a).or(state.operand(b))),
-            Op::Select(to, a, b) => state.set(to, state.get(a).join(state.get(b))),
-            Op::Boolean(to) => state.set(to, Value::Bits(Bits { must: 0, may: 1 })),
-            Op::Load { to, from, size } => self.load(state, index, to, from, size),
-        }
-    }
-
     fn load(&mut self, state: &mut State, index: usize, to: Register, from: Place, size: u8) {
-        let fresh = Value::Defined(u32::try_from(index).unwrap_or(u32::MAX));
+        let fresh = Value::Defined(index as u64);
         let value = match from {
             Place::Based(base, displacement) if !matches!(state.get(base), Value::Stack(_)) => {
                 match state.get(base).plus(displacement) {
@@ -133,7 +147,7 @@ impl Analysis<'_> {
                 let value = state.cell(key);
                 if value == Value::Unknown && size == 8 {
                     // The next load of this cell yields the same.
-                    state.put(key, size, fresh);
+                    self.put(state, key, size, fresh);
                 }
                 value
             }
@@ -168,7 +182,7 @@ impl Analysis<'_> {
         }
         state.registers = [Value::Unknown; REGISTERS];
         if callee != Callee::NewObject {
-            state.forget_pointers(&self.exposed);
+            state.forget_pointers();
         } else {
             state.set(
                 self.conventions.first_argument,

@@ -15,14 +15,19 @@ pub(crate) enum Value {
     /// Something that was defined by the instruction with this index (or, past the last one, was
     /// in a register at entry), or an address close to it. Its only use is to know that two
     /// places hold the same pointer.
-    Defined(u32),
+    Defined(Definition),
 }
+
+/// The index of an instruction, or past the last one; as wide as the other payloads, so that values
+/// are quick to compare.
+pub(crate) type Definition = u64;
 
 /// Smaller constants are no addresses: the first page is never mapped.
 pub(crate) const SMALLEST_ADDRESS: u64 = 0x1000;
 
 /// Which bits of a byte are surely and which are possibly set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(align(8))]
 pub(crate) struct Bits {
     pub must: u8,
     pub may: u8,

@@ -1,27 +1,38 @@
 //! Which blocks have something to learn, and what is known at the start of each.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::VecDeque;
 
 use super::state::State;
+use super::value::Definition;
 use crate::blocks::{Block, Blocks};
 
 /// The states at the starts of a function's blocks, and the blocks that are to be visited.
 #[derive(Debug)]
 pub(crate) struct Worklist<'a> {
     blocks: &'a Blocks,
-    states: Vec<Option<Box<State>>>,
-    /// In order of address, which is close to the order of execution.
-    waiting: BinaryHeap<Reverse<usize>>,
-    is_waiting: Vec<bool>,
     /// Facts in all states.
     held: usize,
-    spare: &'a mut Spare,
+    memory: &'a mut Memory,
 }
 
-/// States that are of no more use, whose memory is.
+/// What worklists need, one after the other.
 #[derive(Debug, Default)]
-pub(crate) struct Spare(VecDeque<Box<State>>);
+pub(crate) struct Memory {
+    /// By block.
+    states: Vec<Option<Box<State>>>,
+    waiting: Waiting,
+    /// States that are of no more use, whose memory is.
+    spare: VecDeque<Box<State>>,
+}
+
+/// Blocks that are to be visited: in order of address, which is close to the order of execution.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// A bit a block.
+    words: Vec<u64>,
+    /// No word before this one has a bit.
+    first: usize,
+}
 
 /// What all states may hold at a time; a thousandth is usual.
 const MOST_HELD: usize = 2 << 20;
@@ -30,21 +41,16 @@ const MOST_SPARE: usize = 256;
 
 impl<'a> Worklist<'a> {
     /// Starts with the first block, in state `entry`.
-    pub fn new(blocks: &'a Blocks, entry: &State, spare: &'a mut Spare) -> Self {
-        let mut states: Vec<_> = std::iter::repeat_with(|| None).take(blocks.len()).collect();
-        let held = entry.facts();
-        if let Some(first) = states.first_mut() {
-            *first = Some(spare.copy(entry));
-        }
+    pub fn new(blocks: &'a Blocks, entry: &State, memory: &'a mut Memory) -> Self {
+        memory.clear();
+        memory.states.resize_with(blocks.len(), || None);
+        memory.waiting.words.resize(blocks.len().div_ceil(64), 0);
         let mut list = Self {
             blocks,
-            states,
-            waiting: BinaryHeap::new(),
-            is_waiting: vec![false; blocks.len()],
-            held,
-            spare,
+            held: 0,
+            memory,
         };
-        list.wait(0);
+        list.reach(0, entry, None);
         list
     }
 
@@ -55,21 +61,18 @@ impl<'a> Worklist<'a> {
 
     /// The next block to visit: its index, itself, and what is known at its start.
     pub fn next(&mut self) -> Option<(usize, Block<'a>, Box<State>)> {
-        while let Some(Reverse(at)) = self.waiting.pop() {
-            if let Some(waits) = self.is_waiting.get_mut(at) {
-                *waits = false;
-            }
-            let Some(block) = self.blocks.get(at) else {
+        let memory = &mut *self.memory;
+        while let Some(at) = memory.waiting.pop() {
+            let (Some(block), Some(known)) = (self.blocks.get(at), memory.states.get_mut(at))
+            else {
                 continue;
             };
             // The only predecessor of a block brings its state anew, should it change.
-            let known = self.states.get_mut(at);
             let state = if block.previous.len() > 1 {
-                known
-                    .and_then(|known| known.as_ref())
-                    .map(|known| self.spare.copy(known))
+                let known = known.as_ref();
+                known.map(|known| copy(&mut memory.spare, known))
             } else {
-                let taken = known.and_then(Option::take);
+                let taken = known.take();
                 self.held -= taken.as_ref().map_or(0, |s| s.facts().min(self.held));
                 taken
             };
@@ -81,15 +84,15 @@ impl<'a> Worklist<'a> {
     }
 
     /// Control may go to block `at` in this state, and with this pointer not nil.
-    pub fn reach(&mut self, at: usize, state: &State, not_nil: Option<u32>) {
+    pub fn reach(&mut self, at: usize, state: &State, not_nil: Option<Definition>) {
         if !self.join(at, state, not_nil) {
-            let state = self.spare.copy(state);
+            let state = copy(&mut self.memory.spare, state);
             self.put(at, state, not_nil);
         }
     }
 
     /// Like [`Self::reach`], the last time with this state.
-    pub fn reach_last(&mut self, at: usize, state: Box<State>, not_nil: Option<u32>) {
+    pub fn reach_last(&mut self, at: usize, state: Box<State>, not_nil: Option<Definition>) {
         if self.join(at, &state, not_nil) {
             self.give_back(state);
         } else {
@@ -99,73 +102,88 @@ impl<'a> Worklist<'a> {
 
     /// A state that is of no more use.
     pub fn give_back(&mut self, state: Box<State>) {
-        self.spare.take(state);
+        self.memory.give_back(state);
     }
 
     /// Joins a state into what is known of a block; false if that is nothing, or of no interest.
-    fn join(&mut self, at: usize, state: &State, not_nil: Option<u32>) -> bool {
-        if self.is_alone(at) {
+    fn join(&mut self, at: usize, state: &State, not_nil: Option<Definition>) -> bool {
+        // What the only predecessor of a block brought before is taken, or of no interest.
+        if !self.blocks.is_joined(at) {
             return false;
         }
-        let Some(Some(known)) = self.states.get_mut(at) else {
+        let Some(Some(known)) = self.memory.states.get_mut(at) else {
             return false;
         };
         if known.join(state, not_nil) {
-            self.wait(at);
+            self.memory.waiting.push(at);
         }
         true
     }
 
-    fn put(&mut self, at: usize, mut state: Box<State>, not_nil: Option<u32>) {
+    fn put(&mut self, at: usize, mut state: Box<State>, not_nil: Option<Definition>) {
         if let Some(definition) = not_nil {
             state.is_not_nil(definition);
         }
-        let Some(place) = self.states.get_mut(at) else {
+        let Some(place) = self.memory.states.get_mut(at) else {
             return;
         };
         self.held += state.facts();
         if let Some(old) = place.replace(state) {
             self.held -= old.facts().min(self.held);
-            self.give_back(old);
+            self.memory.give_back(old);
         }
-        self.wait(at);
-    }
-
-    fn wait(&mut self, at: usize) {
-        if let Some(waits) = self.is_waiting.get_mut(at)
-            && !std::mem::replace(waits, true)
-        {
-            self.waiting.push(Reverse(at));
-        }
-    }
-
-    fn is_alone(&self, at: usize) -> bool {
-        self.blocks.get(at).is_some_and(|b| b.previous.len() <= 1)
+        self.memory.waiting.push(at);
     }
 }
 
-impl Drop for Worklist<'_> {
-    fn drop(&mut self) {
-        for state in self.states.drain(..).flatten() {
-            self.spare.take(state);
+impl Memory {
+    fn clear(&mut self) {
+        let Self {
+            states,
+            waiting,
+            spare,
+        } = self;
+        spare.extend(states.drain(..).flatten());
+        spare.truncate(MOST_SPARE);
+        waiting.words.clear();
+        waiting.first = 0;
+    }
+
+    fn give_back(&mut self, state: Box<State>) {
+        if self.spare.len() < MOST_SPARE {
+            self.spare.push_back(state);
         }
     }
 }
 
-impl Spare {
-    fn copy(&mut self, state: &State) -> Box<State> {
-        match self.0.pop_back() {
-            Some(mut copy) => {
-                (*copy).clone_from(state);
-                copy
+impl Waiting {
+    fn push(&mut self, block: usize) {
+        if let Some(word) = self.words.get_mut(block / 64) {
+            *word |= 1 << (block % 64);
+            self.first = self.first.min(block / 64);
+        }
+    }
+
+    fn pop(&mut self) -> Option<usize> {
+        loop {
+            let word = self.words.get_mut(self.first)?;
+            if *word != 0 {
+                let bit = word.trailing_zeros();
+                *word &= *word - 1;
+                return Some(self.first * 64 + bit as usize);
             }
-            None => Box::new(state.clone()),
+            self.first += 1;
         }
     }
+}
 
-    fn take(&mut self, state: Box<State>) {
-        if self.0.len() < MOST_SPARE {
-            self.0.push_back(state);
+/// A copy of `state`, in memory that is to spare if there is some.
+fn copy(spare: &mut VecDeque<Box<State>>, state: &State) -> Box<State> {
+    match spare.pop_back() {
+        Some(mut copy) => {
+            (*copy).clone_from(state);
+            copy
         }
+        None => Box::new(state.clone()),
     }
 }

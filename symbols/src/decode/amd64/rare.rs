@@ -1,49 +1,53 @@
-//! x86-64, through iced-x86.
+//! Any instruction of x86-64, through iced-x86.
 
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction as Iced, InstructionInfoFactory,
     Mnemonic, OpAccess, OpKind, Register as IcedRegister,
 };
 
-use super::{Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet, ZeroTest};
+use super::{G, SP, store};
 use crate::VirtualAddress;
+use crate::decode::{
+    Faults, Flow, Instruction, Op, Operand, Place, Register, RegisterSet, ZeroTest,
+};
 use crate::plan::InstructionKind;
 
-const SP: Register = 4;
-/// R14 holds g in Go's internal ABI since 1.17.
-const G: Register = 14;
-
-/// The instructions of `code`, one after the other.
-pub(super) struct Instructions<'a> {
+/// Decodes one instruction of `code` after the other, wherever they start.
+pub(super) struct Rare<'a> {
     decoder: Decoder<'a>,
     iced: Iced,
     factory: Option<InstructionInfoFactory>,
-    done: bool,
 }
 
-impl<'a> Instructions<'a> {
-    pub(super) fn new(entry: VirtualAddress, code: &'a [u8]) -> Self {
+impl<'a> Rare<'a> {
+    pub fn new(code: &'a [u8]) -> Self {
         Self {
-            decoder: Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE),
+            decoder: Decoder::new(64, code, DecoderOptions::NONE),
             iced: Iced::default(),
             factory: None,
-            done: false,
         }
     }
-}
 
-impl Iterator for Instructions<'_> {
-    type Item = Instruction;
-
-    #[inline]
-    fn next(&mut self) -> Option<Instruction> {
-        if self.done || !self.decoder.can_decode() {
-            return None;
-        }
-        self.decoder.decode_out(&mut self.iced);
-        // Boundaries behind an invalid one are not proven.
-        self.done = self.iced.is_invalid();
-        Some(translate(&self.iced, &mut self.factory))
+    /// The instruction at `position`, and how many bytes it has; `None` if its bytes are none.
+    pub fn decode(
+        &mut self,
+        position: usize,
+        address: VirtualAddress,
+    ) -> (Instruction, Option<usize>) {
+        let Self {
+            decoder,
+            iced,
+            factory,
+        } = self;
+        // Past the end it decodes nothing, which is invalid.
+        let is_inside = decoder.set_position(position).is_ok();
+        decoder.set_ip(address.0);
+        decoder.decode_out(iced);
+        let instruction = translate(iced, factory);
+        (
+            instruction,
+            (is_inside && !iced.is_invalid()).then(|| iced.len()),
+        )
     }
 }
 
@@ -323,24 +327,6 @@ fn place(iced: &Iced) -> Place {
     }
 }
 
-fn store(to: Place, value: Operand, size: u8) -> Op {
-    // Larger than a word: a run of unknown words, of which two are enough for a closure slot.
-    match size {
-        16 => Op::Store {
-            to,
-            values: [value; 2],
-            count: 2,
-            size: 8,
-        },
-        _ => Op::Store {
-            to,
-            values: [value, Operand::Unknown],
-            count: 1,
-            size,
-        },
-    }
-}
-
 fn immediate(iced: &Iced, operand: u32) -> Option<u64> {
     match iced.op_kind(operand) {
         OpKind::Immediate8
@@ -443,35 +429,6 @@ fn to_register(
 mod tests {
     use super::*;
 
-    fn one(code: &[u8]) -> Instruction {
-        let first = Instructions::new(VirtualAddress(0x1000), code).next();
-        first.unwrap()
-    }
-
-    #[test]
-    fn knows_what_the_kernel_emulates() {
-        use InstructionKind::*;
-        for (code, kind) in [
-            (&[0xe8, 0, 0, 0, 0][..], Call),
-            (&[0xeb, 0xfe], Jump),
-            (&[0xe9, 0, 0, 0, 0], Jump),
-            (&[0x74, 0x02], Branch),
-            (&[0x0f, 0x84, 0, 0, 0, 0], Branch),
-            (&[0x55], Push),
-            (&[0x41, 0x57], Push),
-            (&[0x90], Nop),
-            (&[0x66, 0x90], SingleStepped),
-            (&[0x0f, 0x1f, 0x44, 0, 0], SingleStepped),
-            (&[0x49, 0x3b, 0x66, 0x10], SingleStepped),
-            (&[0xc3], SingleStepped),
-            (&[0xff, 0xd1], SingleStepped),
-        ] {
-            assert_eq!(one(code).kind, kind, "{code:x?}");
-        }
-        // lock cmpxchg %ecx,(%rdx)
-        assert!(!one(&[0xf0, 0x0f, 0xb1, 0x0a]).probeable);
-    }
-
     /// What the classes leave out must be what iced says is not there.
     #[test]
     fn classes_agree_with_iced() {
@@ -524,38 +481,5 @@ mod tests {
             compared[class as usize] += 1;
         }
         assert!(compared.iter().all(|n| *n > 100), "{compared:?}");
-    }
-
-    #[test]
-    fn models_the_instructions_of_open_coded_defers() {
-        // mov %rdx,0x58(%rsp)
-        let slot = one(&[0x48, 0x89, 0x54, 0x24, 0x58]);
-        assert_eq!(slot.op, store(Place::Stack(0x58), Operand::Register(2), 8));
-        assert_eq!(slot.faults, Faults::Never);
-        // movb $0x1,0xf(%rsp)
-        let bits = one(&[0xc6, 0x44, 0x24, 0x0f, 0x01]);
-        assert_eq!(bits.op, store(Place::Stack(0xf), Operand::Immediate(1), 1));
-        // movups %xmm15,0x10(%rsp)
-        let zero = one(&[0x44, 0x0f, 0x11, 0x7c, 0x24, 0x10]);
-        assert_eq!(
-            zero.op,
-            store(Place::Stack(0x10), Operand::Immediate(0), 16)
-        );
-        // or $0x2,%ecx
-        assert_eq!(
-            one(&[0x83, 0xc9, 0x02]).op,
-            Op::Or(1, 1, Operand::Immediate(2))
-        );
-        // mov (%rax),%rcx: through a pointer that may be nil
-        assert_eq!(one(&[0x48, 0x8b, 0x08]).faults, Faults::ThroughBase(0));
-        // lea 0x10(%rip),%rax
-        assert_eq!(
-            one(&[0x48, 0x8d, 0x05, 0x10, 0, 0, 0]).op,
-            Op::Set(0, 0x1017)
-        );
-        // xadd %rax,0x8(%rsp): both the cell and the register change
-        let both = one(&[0x48, 0x0f, 0xc1, 0x44, 0x24, 0x08]);
-        assert_eq!(both.op, store(Place::Stack(8), Operand::Unknown, 8));
-        assert_eq!(both.clobbers, 1);
     }
 }
