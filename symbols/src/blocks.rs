@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use crate::VirtualAddress;
 use crate::calls::Callee;
 use crate::decode::{Flow, Instruction};
 
@@ -13,9 +14,11 @@ pub(crate) struct Blocks {
     next: Edges,
     previous: Edges,
     /// The block of each instruction.
-    of: Vec<usize>,
+    of: Vec<u32>,
     /// The jumps within the function: which instruction leads to which, in order of address.
     jumps: Vec<(usize, usize)>,
+    /// One more than the index of the instruction at each offset from the entry; 0 if there is none.
+    places: Vec<u32>,
 }
 
 /// A basic block: entered only at its first instruction, left only at its last (or by a panic).
@@ -49,24 +52,28 @@ impl Block<'_> {
 impl Blocks {
     /// Takes another function's in place of what it holds. `callees` says what each CALL calls.
     pub fn read(&mut self, instructions: &[Instruction], callees: &[Callee]) {
-        let callee = |index: usize| callees.get(index).copied().unwrap_or(Callee::Other);
-        self.find_leaders(instructions, callee);
+        self.find_leaders(instructions, callees);
         let Self {
             ranges,
             next,
             previous,
             of,
             jumps,
+            ..
         } = self;
         ranges.clear();
+        let mut start = 0;
+        let mut count = 0;
         for (index, block) in of.iter_mut().enumerate() {
-            if *block == 1 {
-                ranges.push(index..index);
+            if *block == 1 && index > 0 {
+                ranges.push(start..index);
+                start = index;
+                count += 1;
             }
-            if let Some(last) = ranges.last_mut() {
-                last.end = index + 1;
-            }
-            *block = ranges.len().saturating_sub(1);
+            *block = count;
+        }
+        if !of.is_empty() {
+            ranges.push(start..of.len());
         }
         let blocks = ranges.len();
         next.clear();
@@ -77,10 +84,12 @@ impl Blocks {
             // A jump to the entry comes from behind morestack: the function starts afresh, with
             // nothing that was known before.
             if let Some((_, target)) = jumps.next_if(|jump| jump.0 == last) {
-                next.to.extend(of.get(*target).filter(|block| **block != 0));
+                let block = of.get(*target).map(|block| *block as usize);
+                next.to.extend(block.filter(|block| *block != 0));
             }
             if let Some(instruction) = instructions.get(last) {
-                if falls_through(instruction, callee(last)) && at + 1 < blocks {
+                let callee = callees.get(last).copied().unwrap_or(Callee::Other);
+                if falls_through(instruction, callee) && at + 1 < blocks {
                     next.to.push(at + 1);
                 }
                 // A jump table may lead to every block that nothing else leads to: by way of an empty
@@ -108,25 +117,49 @@ impl Blocks {
     }
 
     /// Notes for each instruction 1 if a block starts there, otherwise 0; and the jumps.
-    fn find_leaders(&mut self, instructions: &[Instruction], callee: impl Fn(usize) -> Callee) {
-        let Self { of, jumps, .. } = self;
+    fn find_leaders(&mut self, instructions: &[Instruction], callees: &[Callee]) {
+        let Self {
+            of, jumps, places, ..
+        } = self;
         jumps.clear();
         of.clear();
         of.resize(instructions.len(), 0);
+        places.clear();
+        let (Some(first), Some(last)) = (instructions.first(), instructions.last()) else {
+            return;
+        };
+        let offset = |address: VirtualAddress| {
+            let offset = address.offset_from(first.address)?;
+            usize::try_from(offset).ok()
+        };
+        places.resize(offset(last.address).map_or(0, |offset| offset + 1), 0);
+        for (instruction, number) in instructions.iter().zip(1..) {
+            if let Some(place) = offset(instruction.address).and_then(|at| places.get_mut(at)) {
+                *place = number;
+            }
+        }
         let mut mark = |index: usize| {
             if let Some(flag) = of.get_mut(index) {
                 *flag = 1;
             }
         };
         mark(0);
-        for (index, instruction) in instructions.iter().enumerate() {
-            if let Flow::Jump(target) | Flow::Branch(target) = instruction.flow
-                && let Ok(target) = instructions.binary_search_by_key(&target, |i| i.address)
-            {
-                mark(target);
-                jumps.push((index, target));
+        let mut was_trap = false;
+        for (index, (instruction, callee)) in instructions.iter().zip(callees).enumerate() {
+            // Many a trap fills the space up to the next function: one block has them all.
+            let is_trap = instruction.flow == Flow::Stop;
+            if was_trap && !is_trap {
+                mark(index);
             }
-            if ends_block(instruction, callee(index)) {
+            was_trap = is_trap;
+            if let Flow::Jump(target) | Flow::Branch(target) = instruction.flow
+                && let Some(number) = offset(target).and_then(|at| places.get(at))
+                && let Some(target) = number.checked_sub(1)
+            {
+                mark(target as usize);
+                jumps.push((index, target as usize));
+            }
+            if !is_trap && ends_block(instruction, *callee) {
                 mark(index + 1);
             }
         }
@@ -153,7 +186,7 @@ impl Blocks {
 
     /// The block that contains an instruction.
     pub fn containing(&self, index: usize) -> Option<Block<'_>> {
-        self.get(*self.of.get(index)?)
+        self.get(*self.of.get(index)? as usize)
     }
 }
 

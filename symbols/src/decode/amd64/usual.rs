@@ -4,7 +4,7 @@
 //!
 //! Encodings: Intel SDM, volume 2, appendix A.
 
-use super::{G, SP, store};
+use super::{G, SP, ZERO, store};
 use crate::VirtualAddress;
 use crate::decode::{Faults, Flow, Instruction, Op, Operand, Place, Register, ZeroTest};
 use crate::plan::InstructionKind;
@@ -13,44 +13,122 @@ use crate::plan::InstructionKind;
 /// bytes it has. `None`, with the instruction in pieces, if it is to be left to iced.
 #[inline]
 pub(super) fn decode(code: &[u8], instruction: &mut Instruction) -> Option<usize> {
-    let mut reader = Reader {
-        address: instruction.address,
-        length: code.len(),
-        rest: code,
+    let mut bytes = Bytes(code);
+    let mut opcode = bytes.next()?;
+    let mut encoded = Encoded {
         prefix: Prefix::None,
         rex: 0,
+        register: 0,
+        is_memory: false,
+        other: 0,
+        displacement: 0,
+        immediate: 0,
+        end: instruction.address,
     };
-    let mut opcode = reader.byte()?;
     if matches!(opcode, 0x66 | 0xf2 | 0xf3) {
-        reader.prefix = match opcode {
+        encoded.prefix = match opcode {
             0x66 => Prefix::Operand,
             0xf2 => Prefix::Repne,
             _ => Prefix::Rep,
         };
-        opcode = reader.byte()?;
+        opcode = bytes.next()?;
     }
     if opcode & 0xf0 == 0x40 {
-        reader.rex = opcode;
-        opcode = reader.byte()?;
+        encoded.rex = opcode;
+        opcode = bytes.next()?;
     }
+    let mut opcode = usize::from(opcode);
     if opcode == 0x0f {
-        let opcode = reader.byte()?;
-        reader.two_bytes(opcode, instruction)?;
-    } else {
-        reader.one_byte(opcode, instruction)?;
+        opcode = SECOND | usize::from(bytes.next()?);
     }
-    Some(reader.length - reader.rest.len())
+    let shape = *SHAPES.get(opcode)?;
+    if shape & OPERANDS != 0 {
+        encoded.operands(&mut bytes)?;
+        if encoded.is_memory && shape & NAMES == 0 {
+            instruction.faults = encoded.faults();
+        }
+    }
+    if shape & IMMEDIATE != 0 {
+        encoded.immediate = encoded.immediate(opcode, shape, &mut bytes)?;
+    }
+    let length = code.len() - bytes.0.len();
+    encoded.end = VirtualAddress(instruction.address.0.wrapping_add(length as u64));
+    encoded.translate(opcode, shape, instruction)?;
+    Some(length)
 }
 
-/// The bytes of one instruction that are still to be read, and the prefixes before them.
-struct Reader<'a> {
-    address: VirtualAddress,
-    /// Of the code, with the instruction.
-    length: usize,
-    rest: &'a [u8],
-    prefix: Prefix,
-    /// 0 if there is none.
-    rex: u8,
+/// In an opcode: behind 0F.
+const SECOND: usize = 0x100;
+
+/// What an opcode is followed by: ModRM.
+const OPERANDS: u8 = 1;
+/// Memory is named there, but not accessed.
+const NAMES: u8 = 2;
+/// An immediate of a byte.
+const BYTE: u8 = 4;
+/// One as large as the operands, but at most four bytes.
+const WORD: u8 = 8;
+/// One as large as the operands.
+const WIDE: u8 = 16;
+/// That of `test`, which shares its opcode with others that have none.
+const TEST: u8 = 32;
+const IMMEDIATE: u8 = BYTE | WORD | WIDE | TEST;
+/// Nothing, and it is not left to iced.
+const BARE: u8 = 64;
+
+const SHAPES: [u8; 2 * SECOND] = {
+    let mut shapes = [0; 2 * SECOND];
+    let mut opcode = 0;
+    while opcode < shapes.len() {
+        shapes[opcode] = shape(opcode);
+        opcode += 1;
+    }
+    shapes
+};
+
+const fn shape(opcode: usize) -> u8 {
+    match opcode {
+        0x00..=0x3f => match opcode & 7 {
+            0..=3 => OPERANDS,
+            4 => BYTE,
+            5 => WORD,
+            _ => 0,
+        },
+        0x50..=0x5f | 0x90 | 0xc3 | 0xcc | 0x10b => BARE,
+        0x63 | 0x84 | 0x85 | 0x88..=0x8b | 0xd0..=0xd3 | 0xfe | 0xff => OPERANDS,
+        0x6b | 0x80 | 0x83 | 0xc0 | 0xc1 | 0xc6 => OPERANDS | BYTE,
+        0x69 | 0x81 | 0xc7 => OPERANDS | WORD,
+        0x70..=0x7f | 0xa8 | 0xb0..=0xb7 | 0xeb => BYTE,
+        0x8d | 0x11f => OPERANDS | NAMES,
+        0xa9 | 0xe8 | 0xe9 | 0x180..=0x18f => WORD,
+        0xb8..=0xbf => WIDE,
+        0xf6 | 0xf7 => OPERANDS | TEST,
+        // Vector registers.
+        0x110 | 0x111 | 0x114 | 0x128..=0x12a | 0x12c..=0x12f => OPERANDS,
+        0x151 | 0x154 | 0x157..=0x15a | 0x15c..=0x15f => OPERANDS,
+        0x16e | 0x16f | 0x17e | 0x17f | 0x1d6 | 0x1ef => OPERANDS,
+        0x140..=0x14f | 0x190..=0x19f | 0x1af | 0x1b6 | 0x1b7 | 0x1be | 0x1bf => OPERANDS,
+        _ => 0,
+    }
+}
+
+/// The bytes that are still to be read.
+struct Bytes<'a>(&'a [u8]);
+
+impl Bytes<'_> {
+    #[inline]
+    fn next(&mut self) -> Option<u8> {
+        let (byte, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(*byte)
+    }
+
+    #[inline]
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (bytes, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*bytes)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,14 +142,32 @@ enum Prefix {
     Rep,
 }
 
-/// The operand that ModRM and its followers name.
-#[derive(Clone, Copy)]
-enum Target {
-    Register(Register),
-    Memory { place: Place, faults: Faults },
+/// The parts of an instruction.
+struct Encoded {
+    prefix: Prefix,
+    /// 0 if there is none.
+    rex: u8,
+    /// What the register field of ModRM says, extended by REX.
+    register: Register,
+    /// Whether the other operand of ModRM is in memory.
+    is_memory: bool,
+    /// The other operand: a register, or what its address is based on, one of the names below.
+    other: Register,
+    displacement: i64,
+    /// Its sign extended.
+    immediate: i64,
+    /// The address behind it.
+    end: VirtualAddress,
 }
 
-/// What an arithmetic instruction does to its first operand, as far as the model has it.
+/// What an address is based on, other than a register: nothing.
+const NOTHING: Register = 16;
+/// The address of the next instruction.
+const NEXT: Register = 17;
+/// More than one register.
+const INDEXED: Register = 18;
+
+/// What arithmetic does to its first operand.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Arithmetic {
     Add,
@@ -83,6 +179,7 @@ enum Arithmetic {
     Other,
 }
 
+/// By number: add, or, adc, sbb, and, sub, xor, cmp.
 const ARITHMETIC: [Arithmetic; 8] = [
     Arithmetic::Add,
     Arithmetic::Or,
@@ -94,69 +191,75 @@ const ARITHMETIC: [Arithmetic; 8] = [
     Arithmetic::Compare,
 ];
 
-impl Reader<'_> {
+impl Encoded {
+    /// Reads ModRM, SIB and displacement.
     #[inline]
-    fn byte(&mut self) -> Option<u8> {
-        let (byte, rest) = self.rest.split_first()?;
-        self.rest = rest;
-        Some(*byte)
-    }
-
-    /// A byte, its sign extended.
-    #[inline]
-    fn short(&mut self) -> Option<i64> {
-        Some(i64::from(self.byte()? as i8))
-    }
-
-    /// Four bytes, their sign extended.
-    #[inline]
-    fn long(&mut self) -> Option<i64> {
-        let (bytes, rest) = self.rest.split_first_chunk()?;
-        self.rest = rest;
-        Some(i64::from(i32::from_le_bytes(*bytes)))
-    }
-
-    /// The immediate of an operand of `size` bytes.
-    #[inline]
-    fn immediate(&mut self, size: u8) -> Option<u64> {
-        match size {
-            1 => Some(u64::from(self.byte()?)),
-            2 => {
-                let (bytes, rest) = self.rest.split_first_chunk()?;
-                self.rest = rest;
-                Some(u64::from(u16::from_le_bytes(*bytes)))
-            }
-            4 => Some(u64::from(self.long()? as u32)),
-            _ => Some(self.long()? as u64),
+    fn operands(&mut self, bytes: &mut Bytes<'_>) -> Option<()> {
+        let byte = bytes.next()?;
+        let (mode, low, high) = (byte >> 6, byte & 7, (self.rex & 1) << 3);
+        self.register = (byte >> 3 & 7) | (self.rex & 4) << 1;
+        self.other = low | high;
+        self.is_memory = mode != 3;
+        if !self.is_memory {
+            return Some(());
         }
+        if low == 4 {
+            let sib = bytes.next()?;
+            let has_base = mode != 0 || sib & 7 != 5;
+            let has_index = (sib >> 3 & 7) | (self.rex & 2) << 2 != 4;
+            self.other = match (has_index, has_base) {
+                (true, _) => INDEXED,
+                (false, true) => sib & 7 | high,
+                (false, false) => NOTHING,
+            };
+            if !has_base {
+                self.displacement = i64::from(i32::from_le_bytes(bytes.take()?));
+                return Some(());
+            }
+        } else if byte & 0xc7 == 5 {
+            self.other = NEXT;
+        }
+        if mode == 1 {
+            self.displacement = i64::from(bytes.next()? as i8);
+        } else if mode == 2 || self.other == NEXT {
+            self.displacement = i64::from(i32::from_le_bytes(bytes.take()?));
+        }
+        Some(())
     }
 
-    /// The address behind the instruction, once `more` bytes of it have been read.
+    /// Reads the immediate.
     #[inline]
-    fn end(&self, more: usize) -> VirtualAddress {
-        let read = self.length - self.rest.len() + more;
-        VirtualAddress(self.address.0.wrapping_add(read as u64))
+    fn immediate(&self, opcode: usize, shape: u8, bytes: &mut Bytes<'_>) -> Option<i64> {
+        let is_byte = shape & BYTE != 0 || shape & TEST != 0 && opcode & 1 == 0;
+        Some(if shape & TEST != 0 && self.register & 6 != 0 {
+            0
+        } else if is_byte {
+            i64::from(bytes.next()? as i8)
+        } else if self.prefix == Prefix::Operand {
+            i64::from(i16::from_le_bytes(bytes.take()?))
+        } else if shape & WIDE != 0 && self.is_wide() {
+            i64::from_le_bytes(bytes.take()?)
+        } else {
+            i64::from(i32::from_le_bytes(bytes.take()?))
+        })
     }
 
+    #[inline]
     fn is_wide(&self) -> bool {
         self.rex & 8 != 0
     }
 
-    /// The size in bytes of operands that are not bytes; `None` for what is left to iced.
+    /// The size in bytes of the operands, which are bytes if the opcode is even; `None` for what is
+    /// left to iced.
     #[inline]
-    fn size(&self) -> Option<u8> {
+    fn size(&self, opcode: usize) -> Option<u8> {
         match (self.prefix, self.is_wide()) {
+            (Prefix::None, _) if opcode & 1 == 0 => Some(1),
             (Prefix::None, true) => Some(8),
             (Prefix::None, false) => Some(4),
-            (Prefix::Operand, false) => Some(2),
+            (Prefix::Operand, false) if opcode & 1 != 0 => Some(2),
             _ => None,
         }
-    }
-
-    /// Nothing if there are prefixes.
-    #[inline]
-    fn bare(&self) -> Option<()> {
-        (self.prefix == Prefix::None && self.rex == 0).then_some(())
     }
 
     /// Nothing if there is a prefix other than REX.
@@ -165,213 +268,163 @@ impl Reader<'_> {
         (self.prefix == Prefix::None).then_some(())
     }
 
+    /// Nothing if there are prefixes.
+    #[inline]
+    fn bare(&self) -> Option<()> {
+        (self.prefix == Prefix::None && self.rex == 0).then_some(())
+    }
+
     /// A register of `size` bytes; `None` for AH and the like.
     #[inline]
-    fn register(&self, number: Register, size: u8) -> Option<Register> {
-        let is_high = size == 1 && self.rex == 0 && number >= SP;
-        (!is_high).then_some(number)
+    fn whole(&self, register: Register, size: u8) -> Option<Register> {
+        let is_high = size == 1 && self.rex == 0 && register >= SP;
+        (!is_high).then_some(register)
     }
 
-    /// Reads ModRM, SIB and displacement: the register (or what else its field says, extended by
-    /// REX) and the operand. An immediate of `immediate` bytes follows.
+    /// The immediate, as large as the operands.
     #[inline]
-    fn operands(&mut self, immediate: usize) -> Option<(Register, Target)> {
-        let byte = self.byte()?;
-        let register = (byte >> 3 & 7) | (self.rex & 4) << 1;
-        let (mode, low) = (byte >> 6, byte & 7);
-        let high = (self.rex & 1) << 3;
-        if mode == 3 {
-            return Some((register, Target::Register(low | high)));
+    fn value(&self, size: u8) -> u64 {
+        match size {
+            1 => u64::from(self.immediate as u8),
+            2 => u64::from(self.immediate as u16),
+            4 => u64::from(self.immediate as u32),
+            _ => self.immediate as u64,
         }
-        let mut base = Some(low | high);
-        let mut is_indexed = false;
-        if low == 4 {
-            let sib = self.byte()?;
-            is_indexed = (sib >> 3 & 7) | (self.rex & 2) << 2 != 4;
-            base = Some(sib & 7 | high).filter(|_| mode != 0 || sib & 7 != 5);
-        } else if mode == 0 && low == 5 {
-            let displacement = self.long()?;
-            let address = self.end(immediate).0.wrapping_add_signed(displacement);
-            let target = Target::Memory {
-                place: Place::Absolute(VirtualAddress(address)),
-                faults: Faults::Never,
-            };
-            return Some((register, target));
+    }
+
+    /// The register that an opcode names in its last bits.
+    #[inline]
+    fn named(&self, opcode: usize) -> Register {
+        opcode as u8 & 7 | (self.rex & 1) << 3
+    }
+
+    /// Where the operand in memory is.
+    #[inline]
+    fn place(&self) -> Place {
+        match self.other {
+            SP => Place::Stack(self.displacement),
+            NOTHING => Place::Absolute(VirtualAddress(self.displacement as u64)),
+            NEXT => {
+                let address = self.end.0.wrapping_add_signed(self.displacement);
+                Place::Absolute(VirtualAddress(address))
+            }
+            INDEXED => Place::Unknown,
+            base => Place::Based(base, self.displacement),
         }
-        let displacement = match (mode, base) {
-            (1, _) => self.short()?,
-            (2, _) | (_, None) => self.long()?,
-            _ => 0,
-        };
-        let (place, faults) = match base {
-            _ if is_indexed => (Place::Unknown, Faults::Never),
-            Some(SP) => (Place::Stack(displacement), Faults::Never),
-            Some(G) => (Place::Based(G, displacement), Faults::Never),
-            Some(base) => (Place::Based(base, displacement), Faults::ThroughBase(base)),
-            None => (
-                Place::Absolute(VirtualAddress(displacement as u64)),
-                Faults::Maybe,
-            ),
-        };
-        Some((register, Target::Memory { place, faults }))
+    }
+
+    /// Whether an access of the operand in memory faults.
+    #[inline]
+    fn faults(&self) -> Faults {
+        match self.other {
+            SP | G | NEXT | INDEXED => Faults::Never,
+            NOTHING => Faults::Maybe,
+            base => Faults::ThroughBase(base),
+        }
     }
 
     #[inline]
-    fn one_byte(&mut self, opcode: u8, instruction: &mut Instruction) -> Option<()> {
+    fn translate(&self, opcode: usize, shape: u8, instruction: &mut Instruction) -> Option<()> {
         match opcode {
             // add, or, adc, sbb, and, sub, xor, cmp
-            0x00..=0x3f => {
-                let size = if opcode & 1 == 0 { 1 } else { self.size()? };
-                let arithmetic = *ARITHMETIC.get(usize::from(opcode >> 3))?;
-                let is_byte_with_prefix = size == 1 && self.prefix != Prefix::None;
-                if is_byte_with_prefix {
-                    return None;
-                }
+            0x00..=0x3f if shape != 0 => {
+                let size = self.size(opcode)?;
+                let arithmetic = *ARITHMETIC.get(opcode >> 3)?;
                 match opcode & 7 {
                     0 | 1 => {
-                        let (from, to) = self.operands(0)?;
-                        let from = Operand::Register(self.register(from, size)?);
-                        self.arithmetic(arithmetic, to, from, size, instruction)
+                        let from = Operand::Register(self.whole(self.register, size)?);
+                        self.to_other(arithmetic, from, size, instruction)?;
+                    }
+                    2 | 3 if self.is_memory => {
+                        if arithmetic != Arithmetic::Compare {
+                            clobber(self.whole(self.register, size)?, instruction);
+                        }
                     }
                     2 | 3 => {
-                        let (to, from) = self.operands(0)?;
-                        let to = Target::Register(to);
-                        let from = match from {
-                            Target::Register(from) => Operand::Register(self.register(from, size)?),
-                            Target::Memory { faults, .. } => {
-                                instruction.faults = faults;
-                                if arithmetic == Arithmetic::Compare {
-                                    return Some(());
-                                }
-                                return self.change(to, size, instruction);
-                            }
-                        };
-                        self.arithmetic(arithmetic, to, from, size, instruction)
+                        let from = Operand::Register(self.whole(self.other, size)?);
+                        let to = self.whole(self.register, size)?;
+                        to_register(arithmetic, to, from, instruction);
                     }
-                    4 | 5 => {
-                        let value = Operand::Immediate(self.immediate(size)?);
-                        self.arithmetic(arithmetic, Target::Register(0), value, size, instruction)
+                    _ => {
+                        let from = Operand::Immediate(self.value(size));
+                        to_register(arithmetic, 0, from, instruction);
                     }
-                    _ => None,
                 }
             }
             // push
             0x50..=0x57 => {
                 self.unprefixed()?;
                 instruction.kind = InstructionKind::Push;
-                Some(())
             }
             // pop
             0x58..=0x5f => {
                 self.unprefixed()?;
-                let to = opcode & 7 | (self.rex & 1) << 3;
-                clobber(to, instruction);
-                Some(())
+                clobber(self.named(opcode), instruction);
             }
             // movsxd
-            0x63 if self.is_wide() => {
+            0x63 => {
                 self.unprefixed()?;
-                let (to, from) = self.operands(0)?;
-                read(from, instruction);
-                clobber(to, instruction);
-                Some(())
+                if !self.is_wide() {
+                    return None;
+                }
+                clobber(self.register, instruction);
             }
-            // imul with an immediate
+            // imul
             0x69 | 0x6b => {
-                let size = self.size()?;
-                let immediate = match (opcode, size) {
-                    (0x6b, _) => 1,
-                    (_, 2) => 2,
-                    _ => 4,
-                };
-                let (to, from) = self.operands(immediate)?;
-                self.rest = self.rest.get(immediate..)?;
-                read(from, instruction);
-                clobber(to, instruction);
-                Some(())
+                self.size(1)?;
+                clobber(self.register, instruction);
             }
             // jcc
-            0x70..=0x7f => {
+            0x70..=0x7f | 0x180..=0x18f => {
                 self.bare()?;
-                let distance = self.short()?;
-                self.branch(opcode, distance, instruction);
-                Some(())
+                self.branch(opcode & 0xf, instruction);
             }
             0x80 | 0x81 | 0x83 => {
-                let size = match opcode {
-                    0x80 => self.bytes()?,
-                    _ => self.size()?,
-                };
-                let immediate = match (opcode, size) {
-                    (0x81, 2) => 2,
-                    (0x81, _) => 4,
-                    _ => 1,
-                };
-                let (which, to) = self.operands(immediate)?;
+                let size = self.size(opcode)?;
                 let value = match opcode {
-                    0x83 => self.short()? as u64,
-                    _ => self.immediate(size)?,
+                    0x83 => self.immediate as u64,
+                    _ => self.value(size),
                 };
-                let arithmetic = *ARITHMETIC.get(usize::from(which & 7))?;
-                let value = Operand::Immediate(value);
-                self.arithmetic(arithmetic, to, value, size, instruction)
+                let arithmetic = *ARITHMETIC.get(usize::from(self.register & 7))?;
+                self.to_other(arithmetic, Operand::Immediate(value), size, instruction)?;
             }
             // test
             0x84 | 0x85 => {
-                let size = match opcode {
-                    0x84 => self.bytes()?,
-                    _ => self.size()?,
-                };
-                let (a, b) = self.operands(0)?;
-                read(b, instruction);
-                if let Target::Register(b) = b
-                    && (a, size) == (b, 8)
-                {
-                    instruction.tests = Some(a);
+                let size = self.size(opcode)?;
+                if !self.is_memory && size == 8 && self.register == self.other {
+                    instruction.tests = Some(self.register);
                 }
-                Some(())
             }
             // mov
             0x88..=0x8b => {
-                let size = if opcode & 1 == 0 {
-                    self.bytes()?
-                } else {
-                    self.size()?
-                };
-                let (register, operand) = self.operands(0)?;
-                let register = self.register(register, size)?;
+                let size = self.size(opcode)?;
+                let register = self.whole(self.register, size)?;
                 let is_load = opcode & 2 != 0;
-                instruction.op = match operand {
-                    Target::Register(other) => {
-                        let other = self.register(other, size)?;
-                        if is_load {
-                            Op::Copy(register, other)
-                        } else {
-                            Op::Copy(other, register)
-                        }
+                instruction.op = if !self.is_memory {
+                    let other = self.whole(self.other, size)?;
+                    if is_load {
+                        Op::Copy(register, other)
+                    } else {
+                        Op::Copy(other, register)
                     }
-                    Target::Memory { place, faults } => {
-                        instruction.faults = faults;
-                        if is_load {
-                            Op::Load {
-                                to: register,
-                                from: place,
-                                size,
-                            }
-                        } else {
-                            store(place, Operand::Register(register), size)
-                        }
+                } else if is_load {
+                    Op::Load {
+                        to: register,
+                        from: self.place(),
+                        size,
                     }
+                } else {
+                    store(self.place(), Operand::Register(register), size)
                 };
-                Some(())
             }
             // lea
             0x8d => {
                 self.unprefixed()?;
-                let (to, Target::Memory { place, .. }) = self.operands(0)? else {
+                if !self.is_memory {
                     return None;
-                };
-                instruction.op = match place {
+                }
+                let to = self.register;
+                instruction.op = match self.place() {
                     Place::Absolute(address) => Op::Set(to, address.0),
                     Place::Stack(displacement) => Op::StackAddress(to, displacement),
                     Place::Based(base, displacement) => Op::Add(to, base, displacement),
@@ -380,297 +433,207 @@ impl Reader<'_> {
                         Op::Other
                     }
                 };
-                Some(())
             }
             // nop
             0x90 => {
                 self.bare()?;
                 instruction.kind = InstructionKind::Nop;
-                Some(())
             }
-            // test of the accumulator
+            // test
             0xa8 | 0xa9 => {
-                let size = match opcode {
-                    0xa8 => self.bytes()?,
-                    _ => self.size()?,
-                };
-                self.immediate(size).map(|_| ())
+                self.size(opcode)?;
             }
-            // mov of an immediate
+            // mov
             0xb0..=0xb7 => {
-                let size = self.bytes()?;
-                let to = self.register(opcode & 7 | (self.rex & 1) << 3, size)?;
-                instruction.op = Op::Set(to, self.immediate(size)?);
-                Some(())
+                self.unprefixed()?;
+                let to = self.whole(self.named(opcode), 1)?;
+                instruction.op = Op::Set(to, self.value(1));
             }
             0xb8..=0xbf => {
                 self.unprefixed()?;
-                let to = opcode & 7 | (self.rex & 1) << 3;
-                let value = if self.is_wide() {
-                    let (bytes, rest) = self.rest.split_first_chunk()?;
-                    self.rest = rest;
-                    u64::from_le_bytes(*bytes)
-                } else {
-                    self.immediate(4)?
-                };
-                instruction.op = Op::Set(to, value);
-                Some(())
+                let size = if self.is_wide() { 8 } else { 4 };
+                instruction.op = Op::Set(self.named(opcode), self.value(size));
             }
             // shl, shr, sar
             0xc0 | 0xc1 | 0xd0..=0xd3 => {
-                let size = match opcode & 1 {
-                    0 => self.bytes()?,
-                    _ => self.size()?,
-                };
-                let immediate = usize::from(opcode < 0xd0);
-                let (which, to) = self.operands(immediate)?;
-                self.rest = self.rest.get(immediate..)?;
-                match which & 7 {
-                    4 | 5 | 7 => self.change(to, size, instruction),
-                    _ => None,
+                let size = self.size(opcode)?;
+                if !matches!(self.register & 7, 4 | 5 | 7) {
+                    return None;
                 }
+                self.change(size, instruction)?;
             }
             // ret
             0xc3 => {
                 self.bare()?;
                 instruction.flow = Flow::Return;
-                Some(())
             }
-            // mov of an immediate
+            // mov
             0xc6 | 0xc7 => {
-                let size = match opcode {
-                    0xc6 => self.bytes()?,
-                    _ => self.size()?,
-                };
-                let (0 | 8, to) = self.operands(usize::from(size.min(4)))? else {
+                let size = self.size(opcode)?;
+                if self.register & 7 != 0 {
                     return None;
+                }
+                let value = self.value(size);
+                instruction.op = if self.is_memory {
+                    store(self.place(), Operand::Immediate(value), size)
+                } else {
+                    Op::Set(self.whole(self.other, size)?, value)
                 };
-                let value = self.immediate(size)?;
-                instruction.op = match to {
-                    Target::Register(to) => Op::Set(self.register(to, size)?, value),
-                    Target::Memory { place, faults } => {
-                        instruction.faults = faults;
-                        store(place, Operand::Immediate(value), size)
-                    }
-                };
-                Some(())
             }
-            // int3
-            0xcc => {
+            // int3, ud2
+            0xcc | 0x10b => {
                 self.bare()?;
                 instruction.flow = Flow::Stop;
-                Some(())
             }
-            0xe8 | 0xe9 | 0xeb => {
+            // call
+            0xe8 => {
                 self.bare()?;
-                let distance = match opcode {
-                    0xeb => self.short()?,
-                    _ => self.long()?,
-                };
-                let to = VirtualAddress(self.end(0).0.wrapping_add_signed(distance));
-                (instruction.flow, instruction.kind) = match opcode {
-                    0xe8 => (Flow::Call(to), InstructionKind::Call),
-                    _ => (Flow::Jump(to), InstructionKind::Jump),
-                };
-                Some(())
+                instruction.flow = Flow::Call(self.destination());
+                instruction.kind = InstructionKind::Call;
+            }
+            // jmp
+            0xe9 | 0xeb => {
+                self.bare()?;
+                instruction.flow = Flow::Jump(self.destination());
+                instruction.kind = InstructionKind::Jump;
             }
             // test, not, neg, mul, imul, div, idiv
             0xf6 | 0xf7 => {
-                let size = match opcode {
-                    0xf6 => self.bytes()?,
-                    _ => self.size()?,
-                };
-                let is_test = self.rest.first()? & 0x30 == 0;
-                let immediate = if is_test { size.min(4) } else { 0 };
-                let (which, to) = self.operands(immediate.into())?;
-                match which & 7 {
-                    0 => {
-                        self.immediate(size)?;
-                        read(to, instruction);
-                        Some(())
-                    }
-                    2 | 3 => self.change(to, size, instruction),
+                const DX: Register = 2;
+                let size = self.size(opcode)?;
+                match self.register & 7 {
+                    0 => {}
+                    2 | 3 => self.change(size, instruction)?,
                     4..=7 if size >= 4 => {
-                        const DX: Register = 2;
-                        read(to, instruction);
                         clobber(0, instruction);
                         clobber(DX, instruction);
-                        Some(())
                     }
-                    _ => None,
+                    _ => return None,
                 }
             }
             // inc, dec, call, jmp
             0xfe | 0xff => {
-                let size = match opcode {
-                    0xfe => self.bytes()?,
-                    _ => self.size()?,
-                };
-                let (which, to) = self.operands(0)?;
-                match (opcode, which & 7) {
-                    (_, 0 | 1) => return self.change(to, size, instruction),
-                    (0xff, 2) => instruction.flow = Flow::IndirectCall,
-                    (0xff, 4) => instruction.flow = Flow::IndirectJump,
+                let size = self.size(opcode)?;
+                match (opcode, self.register & 7) {
+                    (_, 0 | 1) => self.change(size, instruction)?,
+                    (0xff, 2) => {
+                        self.unprefixed()?;
+                        instruction.flow = Flow::IndirectCall;
+                    }
+                    (0xff, 4) => {
+                        self.unprefixed()?;
+                        instruction.flow = Flow::IndirectJump;
+                    }
                     _ => return None,
                 }
-                self.unprefixed()?;
-                read(to, instruction);
-                Some(())
-            }
-            _ => None,
-        }
-    }
-
-    #[inline]
-    fn two_bytes(&mut self, opcode: u8, instruction: &mut Instruction) -> Option<()> {
-        use Prefix::{None as Bare, Operand as Packed, Rep, Repne};
-        match (opcode, self.prefix) {
-            // ud2
-            (0x0b, Bare) => {
-                self.bare()?;
-                instruction.flow = Flow::Stop;
-                Some(())
             }
             // nop
-            (0x1f, Bare | Packed) => {
-                let (0, _) = self.operands(0)? else {
-                    return None;
-                };
-                Some(())
-            }
-            // Into a vector register: moves, conversions and arithmetic.
-            (0x10 | 0x51 | 0x58..=0x5a | 0x5c..=0x5f, _)
-            | (0x14 | 0x28 | 0x2e | 0x2f | 0x54 | 0x57, Bare | Packed)
-            | (0x2a | 0x6f, Repne | Rep)
-            | (0x6e | 0x6f | 0xef, Packed)
-            | (0x7e, Rep) => {
-                if (opcode, self.prefix) == (0x6f, Repne) {
+            0x11f => {
+                if self.register != 0 || matches!(self.prefix, Prefix::Rep | Prefix::Repne) {
                     return None;
                 }
-                let (_, from) = self.operands(0)?;
-                read(from, instruction);
-                Some(())
-            }
-            // cvttsd2si and the like
-            (0x2c | 0x2d, Repne | Rep) => {
-                let (to, from) = self.operands(0)?;
-                read(from, instruction);
-                clobber(to, instruction);
-                Some(())
-            }
-            // movups, movss, movsd, movaps, movdqa, movdqu, movq
-            (0x11, Bare | Rep | Repne)
-            | (0x29, Bare)
-            | (0x7f, Packed | Rep)
-            | (0x7e | 0xd6, Packed) => {
-                let (from, to) = self.operands(0)?;
-                let size = match (opcode, self.prefix) {
-                    (0x7e, _) if !self.is_wide() => 4,
-                    (0x7e | 0xd6, _) | (0x11, Repne) => 8,
-                    (0x11, Rep) => 4,
-                    _ => 16,
-                };
-                match to {
-                    Target::Register(to) if opcode == 0x7e => clobber(to, instruction),
-                    Target::Register(_) => {}
-                    Target::Memory { place, faults } => {
-                        let value = match from {
-                            super::ZERO => Operand::Immediate(0),
-                            _ => Operand::Unknown,
-                        };
-                        instruction.faults = faults;
-                        instruction.op = store(place, value, size);
-                    }
-                }
-                Some(())
             }
             // cmov
-            (0x40..=0x4f, Bare) => {
-                let (to, from) = self.operands(0)?;
-                match from {
-                    Target::Register(from) => instruction.op = Op::Select(to, to, from),
-                    Target::Memory { faults, .. } => {
-                        instruction.faults = faults;
-                        clobber(to, instruction);
-                    }
+            0x140..=0x14f => {
+                self.unprefixed()?;
+                let to = self.register;
+                if self.is_memory {
+                    clobber(to, instruction);
+                } else {
+                    instruction.op = Op::Select(to, to, self.other);
                 }
-                Some(())
-            }
-            // jcc
-            (0x80..=0x8f, Bare) => {
-                self.bare()?;
-                let distance = self.long()?;
-                self.branch(opcode, distance, instruction);
-                Some(())
             }
             // set
-            (0x90..=0x9f, Bare) => {
-                let (_, to) = self.operands(0)?;
-                instruction.op = match to {
-                    Target::Register(to) => Op::Boolean(self.register(to, 1)?),
-                    Target::Memory { place, faults } => {
-                        instruction.faults = faults;
-                        store(place, Operand::Unknown, 1)
-                    }
+            0x190..=0x19f => {
+                self.unprefixed()?;
+                instruction.op = if self.is_memory {
+                    store(self.place(), Operand::Unknown, 1)
+                } else {
+                    Op::Boolean(self.whole(self.other, 1)?)
                 };
-                Some(())
-            }
-            // imul
-            (0xaf, Bare) => {
-                let (to, from) = self.operands(0)?;
-                read(from, instruction);
-                clobber(to, instruction);
-                Some(())
             }
             // movzx
-            (0xb6 | 0xb7, Bare) => {
-                let (size, mask) = if opcode == 0xb6 {
-                    (1, 0xff)
+            0x1b6 | 0x1b7 => {
+                self.unprefixed()?;
+                let to = self.register;
+                let (size, mask) = match opcode {
+                    0x1b6 => (1, 0xff),
+                    _ => (2, 0xffff),
+                };
+                instruction.op = if self.is_memory {
+                    Op::Load {
+                        to,
+                        from: self.place(),
+                        size,
+                    }
                 } else {
-                    (2, 0xffff)
+                    let from = self.whole(self.other, size)?;
+                    Op::And(to, from, Operand::Immediate(mask))
                 };
-                let (to, from) = self.operands(0)?;
-                instruction.op = match from {
-                    Target::Register(from) => {
-                        Op::And(to, self.register(from, size)?, Operand::Immediate(mask))
-                    }
-                    Target::Memory { place, faults } => {
-                        instruction.faults = faults;
-                        Op::Load {
-                            to,
-                            from: place,
-                            size,
-                        }
-                    }
-                };
-                Some(())
             }
-            // movsx
-            (0xbe | 0xbf, Bare) => {
-                let (to, from) = self.operands(0)?;
-                read(from, instruction);
-                clobber(to, instruction);
-                Some(())
+            // imul, movsx
+            0x1af | 0x1be | 0x1bf => {
+                self.unprefixed()?;
+                clobber(self.register, instruction);
             }
-            _ => None,
+            SECOND.. if shape != 0 => self.vector(opcode, instruction)?,
+            _ => return None,
         }
+        Some(())
     }
 
-    /// The size of byte operands; `None` for what is left to iced.
+    /// With vector registers, which the model does not have.
     #[inline]
-    fn bytes(&self) -> Option<u8> {
-        (self.prefix == Prefix::None).then_some(1)
+    fn vector(&self, opcode: usize, instruction: &mut Instruction) -> Option<()> {
+        use Prefix::{None as Bare, Operand as Packed, Rep, Repne};
+        match (opcode, self.prefix) {
+            // Moves, conversions and arithmetic into one.
+            (0x110 | 0x151 | 0x158..=0x15a | 0x15c..=0x15f, _)
+            | (0x114 | 0x128 | 0x12e | 0x12f | 0x154 | 0x157, Bare | Packed)
+            | (0x12a, Repne | Rep)
+            | (0x16e | 0x1ef, Packed)
+            | (0x16f, Packed | Rep)
+            | (0x17e, Rep) => {}
+            // cvttsd2si and the like
+            (0x12c | 0x12d, Repne | Rep) => clobber(self.register, instruction),
+            // movups, movss, movsd, movaps, movdqa, movdqu, movd, movq
+            (0x111, Bare | Rep | Repne)
+            | (0x129, Bare)
+            | (0x17f, Packed | Rep)
+            | (0x17e | 0x1d6, Packed) => {
+                let size = match (opcode, self.prefix) {
+                    (0x17e, _) if !self.is_wide() => 4,
+                    (0x17e | 0x1d6, _) | (0x111, Repne) => 8,
+                    (0x111, Rep) => 4,
+                    _ => 16,
+                };
+                if self.is_memory {
+                    let value = match self.register {
+                        ZERO => Operand::Immediate(0),
+                        _ => Operand::Unknown,
+                    };
+                    instruction.op = store(self.place(), value, size);
+                } else if opcode == 0x17e {
+                    clobber(self.other, instruction);
+                }
+            }
+            _ => return None,
+        }
+        Some(())
     }
 
-    /// A conditional branch, which is still to have its last byte taken off the reader.
+    /// Where a direct jump or call leads.
     #[inline]
-    fn branch(&self, opcode: u8, distance: i64, instruction: &mut Instruction) {
-        const EQUAL: u8 = 4;
-        const NOT_EQUAL: u8 = 5;
-        let to = VirtualAddress(self.end(0).0.wrapping_add_signed(distance));
-        instruction.flow = Flow::Branch(to);
+    fn destination(&self) -> VirtualAddress {
+        VirtualAddress(self.end.0.wrapping_add_signed(self.immediate))
+    }
+
+    #[inline]
+    fn branch(&self, condition: usize, instruction: &mut Instruction) {
+        const EQUAL: usize = 4;
+        const NOT_EQUAL: usize = 5;
+        instruction.flow = Flow::Branch(self.destination());
         instruction.kind = InstructionKind::Branch;
-        let condition = opcode & 0xf;
         if matches!(condition, EQUAL | NOT_EQUAL) {
             instruction.zero_test = Some(ZeroTest {
                 register: None,
@@ -679,57 +642,49 @@ impl Reader<'_> {
         }
     }
 
-    /// Arithmetic with a register or an immediate.
+    /// Arithmetic on the other operand, with a register or an immediate.
     #[inline]
-    fn arithmetic(
+    fn to_other(
         &self,
         arithmetic: Arithmetic,
-        to: Target,
         from: Operand,
         size: u8,
         instruction: &mut Instruction,
     ) -> Option<()> {
-        if arithmetic == Arithmetic::Compare {
-            read(to, instruction);
-            return Some(());
-        }
-        let Target::Register(register) = to else {
-            return self.change(to, size, instruction);
-        };
-        let to = self.register(register, size)?;
-        instruction.op = match (arithmetic, from) {
-            (Arithmetic::Add, Operand::Immediate(value)) => Op::Add(to, to, value as i64),
-            (Arithmetic::And, from) => Op::And(to, to, from),
-            (Arithmetic::Or, from) => Op::Or(to, to, from),
-            (Arithmetic::Cancels, Operand::Register(from)) if from == to => Op::Set(to, 0),
-            _ => {
-                clobber(to, instruction);
-                Op::Other
+        if self.is_memory {
+            if arithmetic != Arithmetic::Compare {
+                instruction.op = store(self.place(), Operand::Unknown, size);
             }
-        };
+        } else {
+            let to = self.whole(self.other, size)?;
+            to_register(arithmetic, to, from, instruction);
+        }
         Some(())
     }
 
-    /// The operand becomes something unknown.
+    /// The other operand becomes something unknown.
     #[inline]
-    fn change(&self, to: Target, size: u8, instruction: &mut Instruction) -> Option<()> {
-        match to {
-            Target::Register(to) => clobber(self.register(to, size)?, instruction),
-            Target::Memory { place, faults } => {
-                instruction.faults = faults;
-                instruction.op = store(place, Operand::Unknown, size);
-            }
+    fn change(&self, size: u8, instruction: &mut Instruction) -> Option<()> {
+        if self.is_memory {
+            instruction.op = store(self.place(), Operand::Unknown, size);
+        } else {
+            clobber(self.whole(self.other, size)?, instruction);
         }
         Some(())
     }
 }
 
-/// The operand is read.
+/// Arithmetic on a register, with another or an immediate.
 #[inline]
-fn read(from: Target, instruction: &mut Instruction) {
-    if let Target::Memory { faults, .. } = from {
-        instruction.faults = faults;
-    }
+fn to_register(arithmetic: Arithmetic, to: Register, from: Operand, instruction: &mut Instruction) {
+    instruction.op = match (arithmetic, from) {
+        (Arithmetic::Compare, _) => return,
+        (Arithmetic::Add, Operand::Immediate(value)) => Op::Add(to, to, value as i64),
+        (Arithmetic::And, from) => Op::And(to, to, from),
+        (Arithmetic::Or, from) => Op::Or(to, to, from),
+        (Arithmetic::Cancels, Operand::Register(from)) if from == to => Op::Set(to, 0),
+        _ => return clobber(to, instruction),
+    };
 }
 
 #[inline]
