@@ -1,8 +1,6 @@
 //! What is known of a function that gets called, by its name: the runtime functions that register
 //! defers, those that never come back, and those that always do.
 
-use std::collections::HashMap;
-
 use crate::pclntab::Func;
 use crate::{Mechanism, VirtualAddress};
 
@@ -30,10 +28,10 @@ pub(crate) enum Callee {
     Other,
 }
 
-/// The functions that mean something, by entry.
+/// The functions that mean something, in order of entry.
 #[derive(Debug, Default)]
 pub(crate) struct Callees {
-    known: HashMap<u64, Callee>,
+    known: Vec<(u64, Callee)>,
     /// Duff's devices, which are entered in the middle.
     devices: Vec<(u64, u64)>,
 }
@@ -44,9 +42,14 @@ impl Callees {
         match classify(name) {
             Callee::Other => {}
             Callee::Duff => self.devices.push((func.entry.0, func.end.0)),
-            callee => {
-                self.known.insert(func.entry.0, callee);
-            }
+            callee => match self.place(func.entry.0) {
+                Ok(at) => {
+                    if let Some(place) = self.known.get_mut(at) {
+                        place.1 = callee;
+                    }
+                }
+                Err(at) => self.known.insert(at, (func.entry.0, callee)),
+            },
         }
     }
 
@@ -56,8 +59,23 @@ impl Callees {
         known.find_map(|(entry, known)| (*known == callee).then_some(*entry))
     }
 
+    /// Where a function is or would be.
+    fn place(&self, entry: u64) -> Result<usize, usize> {
+        // Most calls lead out of the runtime, the functions of which lie together.
+        match self.known.last() {
+            Some((last, _)) if *last < entry => Err(self.known.len()),
+            _ => self.known.binary_search_by_key(&entry, |known| known.0),
+        }
+    }
+
+    /// Adds what `others`, which lie behind these, mean.
+    pub fn extend(&mut self, others: Self) {
+        self.known.extend(others.known);
+        self.devices.extend(others.devices);
+    }
+
     pub fn resolve(&self, target: VirtualAddress) -> Callee {
-        if let Some(callee) = self.known.get(&target.0) {
+        if let Some((_, callee)) = self.place(target.0).ok().and_then(|at| self.known.get(at)) {
             return *callee;
         }
         let inside = |(start, end): &(u64, u64)| (*start..*end).contains(&target.0);

@@ -1,6 +1,7 @@
 //! From functions that contain defers to the list of their sites.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::callee::{Namer, text};
@@ -37,6 +38,21 @@ struct Found {
     room: usize,
     /// Whether there was no more room.
     is_cut: bool,
+}
+
+/// What a part of pclntab has.
+#[derive(Default)]
+struct Functions {
+    with_defers: Vec<Func>,
+    callees: Callees,
+    /// The entry of its first function.
+    first: Option<VirtualAddress>,
+    /// The end of its last.
+    reached: VirtualAddress,
+    /// How many are damaged.
+    outside: u64,
+    /// Whether it is of two parts, of which the second does not start behind the first.
+    overlap: bool,
 }
 
 /// What one thread uses again for each function.
@@ -81,6 +97,45 @@ impl Found {
     }
 }
 
+impl Functions {
+    fn of(search: &Search<'_, '_>, share: Range<u64>) -> Self {
+        let table = &search.module.table;
+        let mut found = Self::default();
+        for index in share {
+            // In order, and so not more code altogether than there is.
+            let in_order = |f: &Func| found.reached <= f.entry && f.entry <= f.end;
+            let Some(func) = table.func(search.image, index).filter(in_order) else {
+                found.outside += 1;
+                continue;
+            };
+            found.first.get_or_insert(func.entry);
+            found.reached = func.end;
+            if table.deferreturn(func).is_some_and(|o| o != 0) {
+                found.with_defers.push(func);
+            }
+            if let Some(name) = table.runtime_name(func) {
+                found.callees.note(func, name);
+            }
+        }
+        found
+    }
+
+    /// These, and those of the next part.
+    fn with(mut self, next: Self) -> Self {
+        let Some(first) = next.first else {
+            self.outside += next.outside;
+            return self;
+        };
+        self.overlap |= next.overlap || first < self.reached;
+        self.with_defers.extend(next.with_defers);
+        self.callees.extend(next.callees);
+        self.first = self.first.or(Some(first));
+        self.reached = next.reached;
+        self.outside += next.outside;
+        self
+    }
+}
+
 impl Search<'_, '_> {
     /// Every site of the module, and a sentence for each function that could not be followed.
     /// Functions do not depend on one another, so the processors share them.
@@ -97,8 +152,8 @@ impl Search<'_, '_> {
                     .into(),
             );
         }
-        let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = processors.min(funcs.len() / LEAST_A_THREAD).max(1);
+        let most = usize::try_from(processors()).unwrap_or(1);
+        let threads = most.min(funcs.len() / LEAST_A_THREAD).max(1);
         let taken = AtomicUsize::new(0);
         let share = || self.share(&funcs, &callees, &taken, MOST_MEMORY / threads);
         let mut found = Found::default();
@@ -165,33 +220,36 @@ impl Search<'_, '_> {
 
     /// One pass over pclntab: the functions with defers, and those whose calls mean something.
     fn functions(&self) -> (Vec<Func>, Callees, Vec<String>) {
-        let table = &self.module.table;
-        let mut funcs = Vec::new();
-        let mut callees = Callees::default();
-        let mut outside = 0u64;
-        let mut reached = VirtualAddress(0);
-        for index in 0..table.count {
-            let Some(func) = table.func(self.image, index) else {
-                outside += 1;
-                continue;
-            };
-            // In order, and so not more code altogether than there is.
-            if func.entry < reached || func.end < func.entry {
-                outside += 1;
-                continue;
-            }
-            reached = func.end;
-            if table.deferreturn(func).is_some_and(|o| o != 0) {
-                funcs.push(func);
-            }
-            if let Some(name) = table.runtime_name(func) {
-                callees.note(func, name);
-            }
+        /// Functions that are worth a thread.
+        const LEAST_A_THREAD: u64 = 8192;
+        let count = self.module.table.count;
+        let threads = processors().min((count / LEAST_A_THREAD).max(1));
+        let shares = (0..threads).map(|at| {
+            let border = |at| u64::try_from(u128::from(count) * at / u128::from(threads));
+            let (start, end) = (u128::from(at), u128::from(at) + 1);
+            border(start).unwrap_or(count)..border(end).unwrap_or(count)
+        });
+        let look = |share: Range<u64>| Functions::of(self, share);
+        let mut found = std::thread::scope(|scope| {
+            let mut shares = shares.into_iter();
+            let first = shares.next();
+            let others: Vec<_> = shares
+                .map(|share| scope.spawn(move || look(share)))
+                .collect();
+            let first = first.map(look).unwrap_or_default();
+            others.into_iter().fold(first, |found, other| {
+                let other = other.join();
+                found.with(other.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            })
+        });
+        if found.overlap {
+            found = Functions::of(self, 0..count);
         }
+        let outside = found.outside;
         let warning = (outside > 0).then(|| {
             format!("{outside} functions of pclntab lie outside the file or overlap: it is damaged")
         });
-        (funcs, callees, Vec::from_iter(warning))
+        (found.with_defers, found.callees, Vec::from_iter(warning))
     }
 
     fn function(&self, func: Func, callees: &Callees, scratch: &mut Scratch, found: &mut Found) {
@@ -341,6 +399,10 @@ impl Search<'_, '_> {
     }
 }
 
+fn processors() -> u64 {
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u64)
+}
+
 /// The sites that call the runtime.
 fn registering_calls(code: &Code, findings: &Findings, namer: &Namer<'_, '_>) -> Vec<Draft> {
     let registers = |(index, callee): (usize, &Callee)| match callee {
@@ -395,14 +457,18 @@ fn number(sites: &mut [Site]) {
             .cmp(&b.function)
             .then_with(|| key(a).cmp(&key(b)))
     });
-    let mut ordinal = 0u32;
-    let mut previous: Option<String> = None;
-    for site in sites {
-        if previous.as_ref() != Some(&site.function) {
-            ordinal = 0;
-            previous = Some(site.function.clone());
+    for of_name in sites.chunk_by_mut(|a, b| a.function == b.function) {
+        for (ordinal, site) in (1..).zip(of_name) {
+            site.id = SiteId(numbered(&site.function, ordinal));
         }
-        ordinal += 1;
-        site.id = SiteId(format!("{}#{ordinal}", site.function));
     }
+}
+
+fn numbered(function: &str, ordinal: u32) -> String {
+    let ordinal = ordinal.to_string();
+    let mut id = String::with_capacity(function.len() + 1 + ordinal.len());
+    id.push_str(function);
+    id.push('#');
+    id.push_str(&ordinal);
+    id
 }

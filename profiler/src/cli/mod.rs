@@ -57,7 +57,7 @@ fn scan(args: &ScanArgs) -> anyhow::Result<()> {
     for warning in &inventory.warnings {
         writeln!(io::stderr(), "deferprof: warning: {warning}").ok();
     }
-    let scan = Scan::new(&path, &inventory);
+    let scan = Scan::new(&path, inventory);
     let options = Options {
         width: output::terminal_width(),
         color: output::color(),

@@ -72,7 +72,7 @@ impl SiteCount {
     /// A site of the inventory and how often it registered; `None` if it could not be watched.
     pub fn new(site: &Site, registered: Option<u64>) -> Self {
         Self {
-            info: SiteInfo::from(site),
+            info: SiteInfo::from(site.clone()),
             registered,
             pool: None,
             ran: None,

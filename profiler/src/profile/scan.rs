@@ -61,12 +61,12 @@ pub struct ScanProbe {
 
 impl Scan {
     /// What `inventory` says about the executable at `path`.
-    pub fn new(path: &str, inventory: &Inventory) -> Self {
+    pub fn new(path: &str, inventory: Inventory) -> Self {
         Self {
             schema: Schema::default(),
             binary: ScanBinary::new(path, &inventory.binary),
-            sites: inventory.sites.iter().map(ScanSite::from).collect(),
-            warnings: inventory.warnings.clone(),
+            sites: inventory.sites.into_iter().map(ScanSite::from).collect(),
+            warnings: inventory.warnings,
         }
     }
 }
@@ -86,14 +86,14 @@ impl ScanBinary {
     }
 }
 
-impl From<&Site> for ScanSite {
-    fn from(site: &Site) -> Self {
+impl From<Site> for ScanSite {
+    fn from(site: Site) -> Self {
         Self {
-            info: SiteInfo::from(site),
             probe: Some(ScanProbe {
                 point: site.registration,
                 exits: site.exits.len(),
             }),
+            info: SiteInfo::from(site),
         }
     }
 }

@@ -35,17 +35,17 @@ pub struct SiteInfo {
     pub bit: Option<u8>,
 }
 
-impl From<&Site> for SiteInfo {
-    fn from(site: &Site) -> Self {
+impl From<Site> for SiteInfo {
+    fn from(site: Site) -> Self {
         Self {
-            id: site.id.0.clone(),
-            function: site.function.clone(),
-            file: site.file.clone(),
+            id: site.id.0,
+            function: site.function,
+            file: site.file,
             line: (site.line != 0).then_some(site.line),
             pc: site.pc,
             mechanism: site.mechanism,
             reason: site.reason.map(WhyNotOpenCoded::Rule),
-            callee: site.callee.clone(),
+            callee: site.callee,
             bit: site.bit,
         }
     }

@@ -193,8 +193,7 @@ impl Grid {
         line.end(out)?;
         for (row, place) in self.places.iter().enumerate() {
             for shown in shown {
-                let cell = shown.column.cells.get(row).cloned().unwrap_or_default();
-                line.cell(&cell.text, cell.tint, shown, paint);
+                line.cell_of(row, shown, paint);
             }
             let function = short_function(&place.function, widths.function);
             line.text(&function, Tint::Bold, widths.function, paint);
@@ -243,8 +242,7 @@ impl Grid {
         line.end(out)?;
         for (row, place) in self.places.iter().enumerate() {
             for shown in &first {
-                let cell = shown.column.cells.get(row).cloned().unwrap_or_default();
-                line.cell(&cell.text, cell.tint, shown, paint);
+                line.cell_of(row, shown, paint);
             }
             line.end(out)?;
             let details = rest.iter().filter_map(|Shown { column, .. }| {
@@ -294,6 +292,12 @@ struct Line {
 }
 
 impl Line {
+    fn cell_of(&mut self, row: usize, shown: &Shown<'_>, paint: Paint) {
+        let cell = shown.column.cells.get(row);
+        let (text, tint) = cell.map_or(("", Tint::Plain), |cell| (&cell.text, cell.tint));
+        self.cell(text, tint, shown, paint);
+    }
+
     fn cell(&mut self, text: &str, tint: Tint, shown: &Shown<'_>, paint: Paint) {
         let blanks = shown.width.saturating_sub(width(text));
         match shown.column.align {
@@ -314,7 +318,7 @@ impl Line {
         if !text.is_empty() {
             self.text.extend(std::iter::repeat_n(' ', self.blanks));
             self.blanks = 0;
-            self.text.push_str(&paint.paint(tint, text));
+            paint.paint(tint, text).push_to(&mut self.text);
         }
         self.blanks += blanks + GAP;
     }

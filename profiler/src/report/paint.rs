@@ -1,5 +1,7 @@
 //! ANSI colors, where the caller wants them.
 
+use std::fmt;
+
 use deferprof_symbols::Mechanism;
 
 /// Whether text is coloured.
@@ -18,21 +20,47 @@ pub(super) enum Tint {
     Green,
 }
 
+/// Text that is written in its colour.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Painted<'a> {
+    /// Of the escape sequence; `None` for none.
+    code: Option<&'static str>,
+    text: &'a str,
+}
+
 impl Paint {
-    pub fn paint(self, tint: Tint, text: &str) -> String {
+    pub fn paint(self, tint: Tint, text: &str) -> Painted<'_> {
         let code = match tint {
-            Tint::Bold => "1",
-            Tint::Dim => "2",
-            Tint::Red => "31",
-            Tint::Yellow => "33",
-            Tint::Green => "32",
-            Tint::Plain => return text.to_owned(),
+            Tint::Plain => None,
+            Tint::Bold => Some("1"),
+            Tint::Dim => Some("2"),
+            Tint::Red => Some("31"),
+            Tint::Yellow => Some("33"),
+            Tint::Green => Some("32"),
         };
-        if self.0 && !text.trim().is_empty() {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
+        Painted {
+            code: code.filter(|_| self.0 && !text.trim().is_empty()),
+            text,
         }
+    }
+}
+
+impl Painted<'_> {
+    pub fn push_to(self, line: &mut String) {
+        let Some(code) = self.code else {
+            return line.push_str(self.text);
+        };
+        for part in ["\x1b[", code, "m", self.text, "\x1b[0m"] {
+            line.push_str(part);
+        }
+    }
+}
+
+impl fmt::Display for Painted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = String::new();
+        self.push_to(&mut text);
+        f.write_str(&text)
     }
 }
 

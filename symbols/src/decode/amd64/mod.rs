@@ -33,20 +33,28 @@ impl<'a> Instructions<'a> {
         }
     }
 
-    /// The next instruction into `instruction`; false if there is none.
+    /// The address of the next instruction, if there is one.
     #[inline]
-    fn read(&mut self, instruction: &mut Instruction) -> bool {
+    fn address(&self) -> Option<VirtualAddress> {
+        let is_left = self.position < self.code.len() && !self.done;
+        is_left.then(|| VirtualAddress(self.entry.0.wrapping_add(self.position as u64)))
+    }
+
+    /// Decodes the next instruction into `instruction`, which is new at its address.
+    #[inline]
+    fn read(&mut self, instruction: &mut Instruction) {
         let rest = self.code.get(self.position..).unwrap_or_default();
-        if rest.is_empty() || self.done {
-            return false;
-        }
-        let address = VirtualAddress(self.entry.0.wrapping_add(self.position as u64));
-        *instruction = Instruction::new(address);
-        match usual::decode(rest, instruction) {
+        let mut end = [0; usual::WINDOW];
+        let window = rest.first_chunk().unwrap_or_else(|| {
+            for (byte, of_code) in end.iter_mut().zip(rest) {
+                *byte = *of_code;
+            }
+            &end
+        });
+        match usual::decode(window, instruction).filter(|length| *length <= rest.len()) {
             Some(length) => self.position += length,
-            None => *instruction = self.rare(address),
+            None => *instruction = self.rare(instruction.address),
         }
-        true
     }
 
     #[cold]
@@ -63,12 +71,11 @@ impl<'a> Instructions<'a> {
 
     /// Puts them all behind those in `instructions`.
     pub(super) fn read_all(mut self, instructions: &mut Vec<Instruction>) {
-        loop {
-            instructions.push(Instruction::new(self.entry));
+        while let Some(address) = self.address() {
+            instructions.push(Instruction::new(address));
             // Decoded where it stays: a copy of each would take as long.
-            if !instructions.last_mut().is_some_and(|last| self.read(last)) {
-                instructions.pop();
-                return;
+            if let Some(last) = instructions.last_mut() {
+                self.read(last);
             }
         }
     }
@@ -78,8 +85,9 @@ impl Iterator for Instructions<'_> {
     type Item = Instruction;
 
     fn next(&mut self) -> Option<Instruction> {
-        let mut instruction = Instruction::new(self.entry);
-        self.read(&mut instruction).then_some(instruction)
+        let mut instruction = Instruction::new(self.address()?);
+        self.read(&mut instruction);
+        Some(instruction)
     }
 }
 
@@ -178,8 +186,8 @@ mod tests {
             assert_eq!(of_rare, Some(length), "{code:x?}");
             assert_eq!(usual, rare, "{code:x?}");
             for end in 0..length {
-                let cut = usual::decode(&code[..end], &mut Instruction::new(address));
-                assert_eq!(cut, None, "{code:x?}");
+                let cut = Instructions::new(address, &code[..end]).next();
+                assert_ne!(cut, Some(usual), "{code:x?}");
             }
             let opcodes = code
                 .iter()

@@ -9,12 +9,15 @@ use crate::VirtualAddress;
 use crate::decode::{Faults, Flow, Instruction, Op, Operand, Place, Register, ZeroTest};
 use crate::plan::InstructionKind;
 
-/// Decodes the first instruction of `code` into `instruction`, which is a new one, and says how many
-/// bytes it has. `None`, with the instruction in pieces, if it is to be left to iced.
+/// As many bytes as [`decode`] looks at: no instruction is longer.
+pub(super) const WINDOW: usize = 16;
+
+/// Decodes the instruction at the start of `window` into `instruction`, which is a new one, and says
+/// how many bytes it has. `None`, with the instruction in pieces, if it is to be left to iced.
 #[inline]
-pub(super) fn decode(code: &[u8], instruction: &mut Instruction) -> Option<usize> {
-    let mut bytes = Bytes(code);
-    let mut opcode = bytes.next()?;
+pub(super) fn decode(window: &[u8; WINDOW], instruction: &mut Instruction) -> Option<usize> {
+    let mut bytes = Bytes::new(window);
+    let mut opcode = bytes.next();
     let mut encoded = Encoded {
         prefix: Prefix::None,
         rex: 0,
@@ -31,27 +34,27 @@ pub(super) fn decode(code: &[u8], instruction: &mut Instruction) -> Option<usize
             0xf2 => Prefix::Repne,
             _ => Prefix::Rep,
         };
-        opcode = bytes.next()?;
+        opcode = bytes.next();
     }
     if opcode & 0xf0 == 0x40 {
         encoded.rex = opcode;
-        opcode = bytes.next()?;
+        opcode = bytes.next();
     }
     let mut opcode = usize::from(opcode);
     if opcode == 0x0f {
-        opcode = SECOND | usize::from(bytes.next()?);
+        opcode = SECOND | usize::from(bytes.next());
     }
     let shape = *SHAPES.get(opcode)?;
     if shape & OPERANDS != 0 {
-        encoded.operands(&mut bytes)?;
+        encoded.operands(&mut bytes);
         if encoded.is_memory && shape & NAMES == 0 {
             instruction.faults = encoded.faults();
         }
     }
     if shape & IMMEDIATE != 0 {
-        encoded.immediate = encoded.immediate(opcode, shape, &mut bytes)?;
+        encoded.immediate = encoded.immediate(opcode, shape, &mut bytes);
     }
-    let length = code.len() - bytes.0.len();
+    let length = bytes.read;
     encoded.end = VirtualAddress(instruction.address.0.wrapping_add(length as u64));
     encoded.translate(opcode, shape, instruction)?;
     Some(length)
@@ -112,22 +115,44 @@ const fn shape(opcode: usize) -> u8 {
     }
 }
 
-/// The bytes that are still to be read.
-struct Bytes<'a>(&'a [u8]);
+/// The bytes that are still to be read: prefixes, opcode, ModRM and SIB are within the first eight,
+/// displacement and immediate behind them.
+struct Bytes<'a> {
+    window: &'a [u8; WINDOW],
+    /// What is left of the first eight.
+    head: u64,
+    /// How many have been read.
+    read: usize,
+}
 
-impl Bytes<'_> {
+impl<'a> Bytes<'a> {
     #[inline]
-    fn next(&mut self) -> Option<u8> {
-        let (byte, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(*byte)
+    fn new(window: &'a [u8; WINDOW]) -> Self {
+        let head = window.first_chunk().copied();
+        Self {
+            window,
+            head: u64::from_le_bytes(head.unwrap_or_default()),
+            read: 0,
+        }
     }
 
+    /// One of the first eight.
     #[inline]
-    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (bytes, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(*bytes)
+    fn next(&mut self) -> u8 {
+        let byte = self.head as u8;
+        self.head >>= 8;
+        self.read += 1;
+        byte
+    }
+
+    /// The next few, behind which there are none of the first kind.
+    #[inline]
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let rest = self.window.get(self.read..);
+        self.read += N;
+        rest.and_then(<[u8]>::first_chunk)
+            .copied()
+            .unwrap_or([0; N])
     }
 }
 
@@ -143,6 +168,7 @@ enum Prefix {
 }
 
 /// The parts of an instruction.
+#[derive(Clone, Copy)]
 struct Encoded {
     prefix: Prefix,
     /// 0 if there is none.
@@ -194,17 +220,18 @@ const ARITHMETIC: [Arithmetic; 8] = [
 impl Encoded {
     /// Reads ModRM, SIB and displacement.
     #[inline]
-    fn operands(&mut self, bytes: &mut Bytes<'_>) -> Option<()> {
-        let byte = bytes.next()?;
+    fn operands(&mut self, bytes: &mut Bytes<'_>) {
+        let byte = bytes.next();
         let (mode, low, high) = (byte >> 6, byte & 7, (self.rex & 1) << 3);
         self.register = (byte >> 3 & 7) | (self.rex & 4) << 1;
         self.other = low | high;
         self.is_memory = mode != 3;
         if !self.is_memory {
-            return Some(());
+            return;
         }
+        let mut is_long = mode == 2;
         if low == 4 {
-            let sib = bytes.next()?;
+            let sib = bytes.next();
             let has_base = mode != 0 || sib & 7 != 5;
             let has_index = (sib >> 3 & 7) | (self.rex & 2) << 2 != 4;
             self.other = match (has_index, has_base) {
@@ -212,47 +239,44 @@ impl Encoded {
                 (false, true) => sib & 7 | high,
                 (false, false) => NOTHING,
             };
-            if !has_base {
-                self.displacement = i64::from(i32::from_le_bytes(bytes.take()?));
-                return Some(());
-            }
+            is_long |= !has_base;
         } else if byte & 0xc7 == 5 {
             self.other = NEXT;
+            is_long = true;
         }
         if mode == 1 {
-            self.displacement = i64::from(bytes.next()? as i8);
-        } else if mode == 2 || self.other == NEXT {
-            self.displacement = i64::from(i32::from_le_bytes(bytes.take()?));
+            self.displacement = i64::from(i8::from_le_bytes(bytes.take()));
+        } else if is_long {
+            self.displacement = i64::from(i32::from_le_bytes(bytes.take()));
         }
-        Some(())
     }
 
     /// Reads the immediate.
     #[inline]
-    fn immediate(&self, opcode: usize, shape: u8, bytes: &mut Bytes<'_>) -> Option<i64> {
+    fn immediate(self, opcode: usize, shape: u8, bytes: &mut Bytes<'_>) -> i64 {
         let is_byte = shape & BYTE != 0 || shape & TEST != 0 && opcode & 1 == 0;
-        Some(if shape & TEST != 0 && self.register & 6 != 0 {
+        if shape & TEST != 0 && self.register & 6 != 0 {
             0
         } else if is_byte {
-            i64::from(bytes.next()? as i8)
+            i64::from(i8::from_le_bytes(bytes.take()))
         } else if self.prefix == Prefix::Operand {
-            i64::from(i16::from_le_bytes(bytes.take()?))
+            i64::from(i16::from_le_bytes(bytes.take()))
         } else if shape & WIDE != 0 && self.is_wide() {
-            i64::from_le_bytes(bytes.take()?)
+            i64::from_le_bytes(bytes.take())
         } else {
-            i64::from(i32::from_le_bytes(bytes.take()?))
-        })
+            i64::from(i32::from_le_bytes(bytes.take()))
+        }
     }
 
     #[inline]
-    fn is_wide(&self) -> bool {
+    fn is_wide(self) -> bool {
         self.rex & 8 != 0
     }
 
     /// The size in bytes of the operands, which are bytes if the opcode is even; `None` for what is
     /// left to iced.
     #[inline]
-    fn size(&self, opcode: usize) -> Option<u8> {
+    fn size(self, opcode: usize) -> Option<u8> {
         match (self.prefix, self.is_wide()) {
             (Prefix::None, _) if opcode & 1 == 0 => Some(1),
             (Prefix::None, true) => Some(8),
@@ -264,26 +288,26 @@ impl Encoded {
 
     /// Nothing if there is a prefix other than REX.
     #[inline]
-    fn unprefixed(&self) -> Option<()> {
+    fn unprefixed(self) -> Option<()> {
         (self.prefix == Prefix::None).then_some(())
     }
 
     /// Nothing if there are prefixes.
     #[inline]
-    fn bare(&self) -> Option<()> {
+    fn bare(self) -> Option<()> {
         (self.prefix == Prefix::None && self.rex == 0).then_some(())
     }
 
     /// A register of `size` bytes; `None` for AH and the like.
     #[inline]
-    fn whole(&self, register: Register, size: u8) -> Option<Register> {
+    fn whole(self, register: Register, size: u8) -> Option<Register> {
         let is_high = size == 1 && self.rex == 0 && register >= SP;
         (!is_high).then_some(register)
     }
 
     /// The immediate, as large as the operands.
     #[inline]
-    fn value(&self, size: u8) -> u64 {
+    fn value(self, size: u8) -> u64 {
         match size {
             1 => u64::from(self.immediate as u8),
             2 => u64::from(self.immediate as u16),
@@ -294,13 +318,13 @@ impl Encoded {
 
     /// The register that an opcode names in its last bits.
     #[inline]
-    fn named(&self, opcode: usize) -> Register {
+    fn named(self, opcode: usize) -> Register {
         opcode as u8 & 7 | (self.rex & 1) << 3
     }
 
     /// Where the operand in memory is.
     #[inline]
-    fn place(&self) -> Place {
+    fn place(self) -> Place {
         match self.other {
             SP => Place::Stack(self.displacement),
             NOTHING => Place::Absolute(VirtualAddress(self.displacement as u64)),
@@ -315,7 +339,7 @@ impl Encoded {
 
     /// Whether an access of the operand in memory faults.
     #[inline]
-    fn faults(&self) -> Faults {
+    fn faults(self) -> Faults {
         match self.other {
             SP | G | NEXT | INDEXED => Faults::Never,
             NOTHING => Faults::Maybe,
@@ -324,7 +348,7 @@ impl Encoded {
     }
 
     #[inline]
-    fn translate(&self, opcode: usize, shape: u8, instruction: &mut Instruction) -> Option<()> {
+    fn translate(self, opcode: usize, shape: u8, instruction: &mut Instruction) -> Option<()> {
         match opcode {
             // add, or, adc, sbb, and, sub, xor, cmp
             0x00..=0x3f if shape != 0 => {
@@ -584,7 +608,7 @@ impl Encoded {
 
     /// With vector registers, which the model does not have.
     #[inline]
-    fn vector(&self, opcode: usize, instruction: &mut Instruction) -> Option<()> {
+    fn vector(self, opcode: usize, instruction: &mut Instruction) -> Option<()> {
         use Prefix::{None as Bare, Operand as Packed, Rep, Repne};
         match (opcode, self.prefix) {
             // Moves, conversions and arithmetic into one.
@@ -624,12 +648,12 @@ impl Encoded {
 
     /// Where a direct jump or call leads.
     #[inline]
-    fn destination(&self) -> VirtualAddress {
+    fn destination(self) -> VirtualAddress {
         VirtualAddress(self.end.0.wrapping_add_signed(self.immediate))
     }
 
     #[inline]
-    fn branch(&self, condition: usize, instruction: &mut Instruction) {
+    fn branch(self, condition: usize, instruction: &mut Instruction) {
         const EQUAL: usize = 4;
         const NOT_EQUAL: usize = 5;
         instruction.flow = Flow::Branch(self.destination());
@@ -645,7 +669,7 @@ impl Encoded {
     /// Arithmetic on the other operand, with a register or an immediate.
     #[inline]
     fn to_other(
-        &self,
+        self,
         arithmetic: Arithmetic,
         from: Operand,
         size: u8,
@@ -664,7 +688,7 @@ impl Encoded {
 
     /// The other operand becomes something unknown.
     #[inline]
-    fn change(&self, size: u8, instruction: &mut Instruction) -> Option<()> {
+    fn change(self, size: u8, instruction: &mut Instruction) -> Option<()> {
         if self.is_memory {
             instruction.op = store(self.place(), Operand::Unknown, size);
         } else {
