@@ -64,8 +64,8 @@ impl<'data> Binary<'data> {
             BuildInfo::of_variable(&image, bytes, fits)
         });
         let build = build.ok_or_else(|| {
-            let problem =
-                "it is missing, so the Go release is unknown: Go 1.12 and older wrote none";
+            let problem = "it is missing, so the Go release is unknown: Go 1.12 and older wrote none, \
+                           and nothing else names one";
             damaged("build info", problem)
         })?;
         let release = Release::parse(&build.version).ok_or_else(|| {
@@ -117,6 +117,12 @@ impl<'data> Binary<'data> {
             }
             warnings.push(format!(
                 "{version} is newer than this deferprof knows ({KNOWN}), but looks the same"
+            ));
+        }
+        if self.release.knows_only_the_heap() {
+            warnings.push(format!(
+                "{} is older than 1.13: what is said of it is best effort, and checked with few programs",
+                self.build.version
             ));
         }
         let unoptimized = optimizations_off

@@ -4,7 +4,7 @@
 //! With flag 2 (since 1.18) the strings follow inline at byte 32; before, two pointers to Go string
 //! headers stand at bytes 16 and 24.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use object::read::elf::ElfFile64;
 use object::{LittleEndian, Object as _, ObjectSymbol as _};
@@ -15,6 +15,8 @@ use crate::elf::Image;
 
 const MAGIC: &[u8] = b"\xff Go buildinf:";
 const INLINE_STRINGS: u8 = 2;
+/// How a release's name starts.
+const START: &[u8] = b"go1.";
 
 /// Release and build settings.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,23 +46,62 @@ impl BuildInfo {
             })
     }
 
-    /// The release alone, from the runtime's own variable `buildVersion`: up to 1.19 `cmd/link` puts no
-    /// build info into plugins and what is linked to shared libraries. `fits` says whether a version
-    /// fits what else is known.
+    /// The release alone, from the runtime's own variable `buildVersion`: up to 1.12 `cmd/link` puts no
+    /// build info into anything, and up to 1.19 none into plugins and what is linked to shared
+    /// libraries. `fits` says whether a version fits what else is known.
     pub fn of_variable(
         image: &Image<'_>,
         file: &[u8],
         fits: impl Fn(&str) -> bool,
     ) -> Option<Self> {
         Self::of_symbol(image, file)
+            .or_else(|| Self::of_header(image))
             .or_else(|| Self::of_text(image))
             .filter(|build| fits(&build.version))
+    }
+
+    /// Its value, if among the variables there is only one string that is just a release.
+    fn of_header(image: &Image<'_>) -> Option<Self> {
+        /// `go1.22rc1` has nine bytes.
+        const LONGEST: usize = 16;
+        /// Programs have some dozens; past it they are made up.
+        const MOST: usize = 1 << 16;
+        let constants = image.segments.iter().filter(|s| !s.writable);
+        let texts = constants.flat_map(|segment| {
+            memchr::memmem::find_iter(segment.data, START).filter_map(|at| {
+                let text = segment.data.get(at..)?;
+                let is_of_version = |byte: &&u8| matches!(byte, b'0'..=b'9' | b'a'..=b'z' | b'.');
+                let longest = text.iter().take(LONGEST).take_while(is_of_version).count();
+                let address = segment.address.checked_add(at as u64)?;
+                Some((address.0, text.get(..longest)?))
+            })
+        });
+        let texts: HashMap<u64, &[u8]> = texts.take(MOST).collect();
+        let variables = image.segments.iter().filter(|s| s.writable);
+        let versions = variables.flat_map(|segment| {
+            let (words, _) = segment.data.as_chunks::<8>();
+            words.windows(2).filter_map(|header| {
+                let [pointer, length] = header else {
+                    return None;
+                };
+                let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+                let text = texts.get(&u64::from_le_bytes(*pointer))?.get(..length)?;
+                text.get(START.len())?.is_ascii_digit().then_some(text)
+            })
+        });
+        Self::only(versions.collect())
+    }
+
+    fn only(versions: BTreeSet<&[u8]>) -> Option<Self> {
+        match versions.len() {
+            1 => Self::new(versions.first()?, &[]),
+            _ => None,
+        }
     }
 
     /// Its value, if the constants name no other release. Where the linker has dropped the symbol, the
     /// text stands among others, nothing between them.
     fn of_text(image: &Image<'_>) -> Option<Self> {
-        const START: &[u8] = b"go1.";
         let constants = image.segments.iter().filter(|s| !s.writable);
         let versions = constants.flat_map(|segment| {
             memchr::memmem::find_iter(segment.data, START).filter_map(|at| {
@@ -72,11 +113,7 @@ impl BuildInfo {
                 text.get(..length).filter(|_| length > START.len())
             })
         });
-        let versions: BTreeSet<&[u8]> = versions.collect();
-        match versions.len() {
-            1 => Self::new(versions.first()?, &[]),
-            _ => None,
-        }
+        Self::only(versions.collect())
     }
 
     /// Its value, where its symbol is in `.dynsym`.

@@ -94,8 +94,11 @@ impl<'data> Module<'data> {
     /// The inline tree of a function; empty if it has none.
     pub fn inline_tree(&self, image: &Image<'data>, func: Func) -> Bytes<'data> {
         let index = self.table.layout().inline_tree;
-        self.table
-            .funcdata(image, func, index, self.gofunc)
+        index
+            .and_then(|index| {
+                self.table
+                    .funcdata(image, func, index.funcdata, self.gofunc)
+            })
             .and_then(|address| image.bytes_from(address))
             .unwrap_or_default()
     }

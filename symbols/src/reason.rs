@@ -26,8 +26,13 @@ pub(crate) struct Facts<'a> {
 
 /// The reason for one site of mechanism `mechanism`; `None` for open-coded ones. `of_stack` is the
 /// reason for the stack sites of its function.
-pub(crate) fn of(mechanism: Mechanism, of_stack: Option<Reason>) -> Option<Reason> {
+pub(crate) fn of(
+    release: Release,
+    mechanism: Mechanism,
+    of_stack: Option<Reason>,
+) -> Option<Reason> {
     match mechanism {
+        _ if release.knows_only_the_heap() => Some(Reason::OldRelease),
         Mechanism::OpenCoded => None,
         Mechanism::Heap => Some(Reason::Loop),
         Mechanism::RangeFunc => Some(Reason::RangeFunc),

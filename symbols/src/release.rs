@@ -33,7 +33,8 @@ pub(crate) struct FuncLayout {
     /// Bytes that the entry (absolute address or offset) takes: 8 or 4.
     pub entry_size: u64,
     pub name: u64,
-    pub deferreturn: u64,
+    /// `None` before 1.12, where the tables do not tell which functions have defers.
+    pub deferreturn: Option<u64>,
     pub pcsp: u64,
     pub pcfile: u64,
     pub pcln: u64,
@@ -66,16 +67,24 @@ pub(crate) struct Layout {
     pub magic: u32,
     pub func: FuncLayout,
     pub module: ModuleLayout,
-    /// Index of `FUNCDATA_InlTree`.
-    pub inline_tree: u32,
+    /// Index of `FUNCDATA_InlTree` and of `PCDATA_InlTreeIndex`; `None` up to 1.11, where the tree does
+    /// not say where the calls stand.
+    pub inline_tree: Option<InlineTree>,
     /// Size of one inline tree entry and where its name offset and parent pc stand.
     pub inline_entry: InlineEntry,
     /// Index and format of `FUNCDATA_OpenCodedDeferInfo`; `None` before open coding.
     pub open_defers: Option<(u32, OpenDeferFormat)>,
     /// `funcID` of compiler-made wrappers.
-    pub wrapper_func_id: u8,
+    pub wrapper_func_id: Option<u8>,
     /// Index of `FUNCDATA_StackObjects`; `None` where its records hold no sizes (up to 1.17).
     pub stack_objects: Option<u32>,
+}
+
+/// Where a function's inline tree is, and which part of it an address is in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InlineTree {
+    pub funcdata: u32,
+    pub pcdata: u32,
 }
 
 /// An entry of the inline tree.
@@ -86,11 +95,17 @@ pub(crate) struct InlineEntry {
     pub parent_pc: u64,
 }
 
+/// Until 1.11, where `nfuncdata` still was an `int32`.
+const FUNC_FB_1_7: FuncLayout = FuncLayout {
+    deferreturn: None,
+    nfuncdata: 36,
+    ..FUNC_FB
+};
 const FUNC_FB: FuncLayout = FuncLayout {
     size: 40,
     entry_size: 8,
     name: 8,
-    deferreturn: 16,
+    deferreturn: Some(16),
     pcsp: 20,
     pcfile: 24,
     pcln: 28,
@@ -111,7 +126,7 @@ const FUNC_F0: FuncLayout = FuncLayout {
     size: 40,
     entry_size: 4,
     name: 4,
-    deferreturn: 12,
+    deferreturn: Some(12),
     pcsp: 16,
     pcfile: 20,
     pcln: 24,
@@ -167,17 +182,43 @@ const fn release(minor: u16) -> Release {
     Release { minor }
 }
 
+const fn inline_tree(funcdata: u32, pcdata: u32) -> InlineTree {
+    InlineTree { funcdata, pcdata }
+}
+
 /// The table, oldest first.
 const LAYOUTS: &[Layout] = &[
+    Layout {
+        first: release(7),
+        magic: 0xffff_fffb,
+        func: FUNC_FB_1_7,
+        module: MODULE_FB,
+        inline_tree: None,
+        inline_entry: INLINE_20,
+        open_defers: None,
+        wrapper_func_id: None,
+        stack_objects: None,
+    },
+    Layout {
+        first: release(12),
+        magic: 0xffff_fffb,
+        func: FUNC_FB,
+        module: MODULE_FB,
+        inline_tree: Some(inline_tree(2, 1)),
+        inline_entry: INLINE_20,
+        open_defers: None,
+        wrapper_func_id: Some(20),
+        stack_objects: None,
+    },
     Layout {
         first: release(13),
         magic: 0xffff_fffb,
         func: FUNC_FB,
         module: MODULE_FB,
-        inline_tree: 4,
+        inline_tree: Some(inline_tree(4, 2)),
         inline_entry: INLINE_20,
         open_defers: None,
-        wrapper_func_id: 20,
+        wrapper_func_id: Some(20),
         stack_objects: None,
     },
     Layout {
@@ -185,10 +226,10 @@ const LAYOUTS: &[Layout] = &[
         magic: 0xffff_fffb,
         func: FUNC_FB,
         module: MODULE_FB,
-        inline_tree: 4,
+        inline_tree: Some(inline_tree(4, 2)),
         inline_entry: INLINE_20,
         open_defers: Some((5, OpenDeferFormat::WithArguments)),
-        wrapper_func_id: 22,
+        wrapper_func_id: Some(22),
         stack_objects: None,
     },
     Layout {
@@ -196,10 +237,10 @@ const LAYOUTS: &[Layout] = &[
         magic: 0xffff_fffa,
         func: FUNC_FA,
         module: MODULE_FA,
-        inline_tree: 3,
+        inline_tree: Some(inline_tree(3, 2)),
         inline_entry: INLINE_20,
         open_defers: Some((4, OpenDeferFormat::WithArguments)),
-        wrapper_func_id: 22,
+        wrapper_func_id: Some(22),
         stack_objects: None,
     },
     Layout {
@@ -207,10 +248,10 @@ const LAYOUTS: &[Layout] = &[
         magic: 0xffff_fff0,
         func: FUNC_F0,
         module: MODULE_F0,
-        inline_tree: 3,
+        inline_tree: Some(inline_tree(3, 2)),
         inline_entry: INLINE_20,
         open_defers: Some((4, OpenDeferFormat::Slots)),
-        wrapper_func_id: 21,
+        wrapper_func_id: Some(21),
         stack_objects: Some(2),
     },
     Layout {
@@ -218,10 +259,10 @@ const LAYOUTS: &[Layout] = &[
         magic: 0xffff_fff1,
         func: FUNC_F1,
         module: MODULE_F1,
-        inline_tree: 3,
+        inline_tree: Some(inline_tree(3, 2)),
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::Slots)),
-        wrapper_func_id: 21,
+        wrapper_func_id: Some(21),
         stack_objects: Some(2),
     },
     Layout {
@@ -229,10 +270,10 @@ const LAYOUTS: &[Layout] = &[
         magic: 0xffff_fff1,
         func: FUNC_F1,
         module: MODULE_F1,
-        inline_tree: 3,
+        inline_tree: Some(inline_tree(3, 2)),
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::SlotArray)),
-        wrapper_func_id: 22,
+        wrapper_func_id: Some(22),
         stack_objects: Some(2),
     },
     Layout {
@@ -240,10 +281,10 @@ const LAYOUTS: &[Layout] = &[
         magic: 0xffff_fff1,
         func: FUNC_F1,
         module: MODULE_F1,
-        inline_tree: 3,
+        inline_tree: Some(inline_tree(3, 2)),
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::SlotArray)),
-        wrapper_func_id: 23,
+        wrapper_func_id: Some(23),
         stack_objects: Some(2),
     },
     Layout {
@@ -254,16 +295,16 @@ const LAYOUTS: &[Layout] = &[
             gofunc: Some(344),
             ..MODULE_FA
         },
-        inline_tree: 3,
+        inline_tree: Some(inline_tree(3, 2)),
         inline_entry: INLINE_16,
         open_defers: Some((4, OpenDeferFormat::SlotArray)),
-        wrapper_func_id: 23,
+        wrapper_func_id: Some(23),
         stack_objects: Some(2),
     },
 ];
 
 /// What [`Error::UnknownRelease`] names.
-pub(crate) const KNOWN: &str = "go1.13 to go1.27";
+pub(crate) const KNOWN: &str = "go1.7 to go1.27";
 const NEWEST: Release = release(27);
 
 impl Release {
@@ -280,6 +321,11 @@ impl Release {
     /// Newer than the table's last row was tested with.
     pub fn is_newer_than_known(self) -> bool {
         self > NEWEST
+    }
+
+    /// Every defer takes a record from the heap.
+    pub fn knows_only_the_heap(self) -> bool {
+        self.minor <= 12
     }
 
     /// Up to 1.24 each deferproc site has its own recovery epilogue, a CALL of deferreturn.
@@ -347,7 +393,7 @@ mod tests {
     #[test]
     fn rows_are_in_order_and_older_releases_are_refused() {
         assert!(LAYOUTS.is_sorted_by_key(|row| row.first));
-        assert!(Layout::of(Release { minor: 12 }, "go1.12").is_err());
+        assert!(Layout::of(Release { minor: 6 }, "go1.6").is_err());
         let row = Layout::of(Release { minor: 24 }, "go1.24").unwrap();
         assert_eq!(row.first, Release { minor: 22 });
         assert_eq!(

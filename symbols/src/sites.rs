@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use crate::callee::{Namer, text};
 use crate::calls::{Callee, Callees};
 use crate::code::Code;
-use crate::decode::Flow;
+use crate::decode::{self, Flow};
 use crate::elf::Image;
 use crate::flow::{Analysis, Findings, Memory};
 use crate::module::Module;
@@ -245,11 +245,36 @@ impl Search<'_, '_> {
         if found.overlap {
             found = Functions::of(self, 0..count);
         }
+        if !self.module.table.tells_defers() {
+            found.with_defers = self.callers_of_deferproc(&found.callees);
+        }
         let outside = found.outside;
         let warning = (outside > 0).then(|| {
             format!("{outside} functions of pclntab lie outside the file or overlap: it is damaged")
         });
         (found.with_defers, found.callees, Vec::from_iter(warning))
+    }
+
+    /// The functions that may call `deferproc`, where their table does not tell which do: bytes of a
+    /// CALL may be those of something else.
+    fn callers_of_deferproc(&self, callees: &Callees) -> Vec<Func> {
+        let Module {
+            table, text, etext, ..
+        } = self.module;
+        let code = etext.offset_from(*text);
+        let code = code.and_then(|length| self.image.read(*text, length));
+        let deferproc = callees.entry_of(Callee::Registers(Mechanism::Heap));
+        let (Some(code), Some(deferproc)) = (code, deferproc) else {
+            return Vec::new();
+        };
+        let mut callers: Vec<Func> = Vec::new();
+        let target = VirtualAddress(deferproc);
+        for call in decode::calls_of(self.image.architecture, *text, code, target) {
+            if callers.last().is_none_or(|last| last.end <= call) {
+                callers.extend(table.find(self.image, call));
+            }
+        }
+        callers
     }
 
     fn function(&self, func: Func, callees: &Callees, scratch: &mut Scratch, found: &mut Found) {
@@ -336,7 +361,7 @@ impl Search<'_, '_> {
                 line: table.line(func, pc),
                 pc,
                 mechanism: draft.mechanism,
-                reason: reason::of(draft.mechanism, of_stack),
+                reason: reason::of(self.release, draft.mechanism, of_stack),
                 callee: draft.callee,
                 bit: draft.bit,
                 exits: draft.exits,

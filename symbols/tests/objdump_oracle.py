@@ -51,6 +51,16 @@ class Elf:
                 return offset + address - start
         raise KeyError(hex(address))
 
+    def symbol(self, wanted):
+        _, offset, size = self.sections[".symtab"]
+        _, names, _ = self.sections[".strtab"]
+        for at in range(offset, offset + size, 24):
+            name, _, _, _, value = struct.unpack_from("<IBBHQ", self.data, at)
+            start = names + name
+            if self.data[start:self.data.index(b"\0", start)].decode() == wanted:
+                return value
+        raise KeyError(wanted)
+
     def u64(self, address):
         return struct.unpack_from("<Q", self.data, self.at(address))[0]
 
@@ -67,7 +77,7 @@ def uvarint(data, at):
 
 
 class Table:
-    """pclntab and moduledata of a release from 1.13 on."""
+    """pclntab and moduledata of a release from 1.7 on."""
 
     def __init__(self, elf, minor):
         self.elf, self.minor = elf, minor
@@ -220,8 +230,11 @@ def go_minor(data):
     if at >= 0 and data[at + 15] & 2:
         return int(re.match(rb"go1\.(\d+)", data[at + 33:at + 48]).group(1))
     elf = Elf(data)
-    address, offset, _ = elf.sections[".go.buildinfo"]
-    header = elf.u64(address + 16)
+    if ".go.buildinfo" in elf.sections:
+        address, offset, _ = elf.sections[".go.buildinfo"]
+        header = elf.u64(address + 16)
+    else:
+        header = elf.symbol("runtime.buildVersion")
     start = elf.at(elf.u64(header))
     return int(re.match(rb"go1\.(\d+)", data[start:start + 16]).group(1))
 

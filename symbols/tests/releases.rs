@@ -1,21 +1,14 @@
-//! Releases for which no toolchain is at hand: esbuild's executables from npm, one by one site
-//! against `objdump_oracle.py`, which has its own reader of pclntab and takes the code from objdump.
+//! Releases for which no toolchain is at hand: executables from npm, one by one site against
+//! `objdump_oracle.py`, which has its own reader of pclntab and takes the code from objdump.
 //!
-//! `fixtures/download/esbuild` fetches them; what is not there is skipped and said so.
+//! `fixtures/download/npm` fetches them; what is not there is skipped and said so.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use deferprof_fixtures::cache;
 use deferprof_symbols::{Binary, Mechanism};
-
-fn cache() -> PathBuf {
-    std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
-        .unwrap_or_default()
-        .join("deferprof")
-}
 
 fn is_here(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok()
@@ -48,15 +41,11 @@ fn oracle(binary: &Path) -> (Vec<String>, BTreeMap<String, usize>) {
 }
 
 /// `release` is what the executable must have been built by.
-fn agrees(arch: &str, version: &str, release: &str) {
-    let binary = cache()
-        .join("esbuild")
-        .join(arch)
-        .join(version)
-        .join("esbuild");
-    let what = format!("esbuild {version} {arch} ({release})");
+fn agrees(program: &str, arch: &str, version: &str, release: &str) {
+    let binary = cache().join(program).join(arch).join(version).join(program);
+    let what = format!("{program} {version} {arch} ({release})");
     if !binary.exists() {
-        return println!("{what}: skipped: run `fixtures/download/esbuild` to fetch it");
+        return println!("{what}: skipped: run `fixtures/download/npm` to fetch it");
     }
     let objdump = if arch == "arm64" {
         "aarch64-linux-gnu-objdump"
@@ -76,7 +65,13 @@ fn agrees(arch: &str, version: &str, release: &str) {
         "{what}: {built_by}"
     );
     let inventory = parsed.inventory().unwrap();
-    assert_eq!(inventory.warnings, Vec::<String>::new(), "{what}");
+    let is_expected = |warning: &String| program == "ibazel" && warning.contains("best effort");
+    let unexpected = inventory.warnings.iter().filter(|w| !is_expected(w));
+    assert_eq!(
+        unexpected.collect::<Vec<_>>(),
+        Vec::<&String>::new(),
+        "{what}"
+    );
     let (expected, declared) = oracle(&binary);
     let mut found = Vec::new();
     let mut open: BTreeMap<String, usize> = BTreeMap::new();
@@ -92,7 +87,7 @@ fn agrees(arch: &str, version: &str, release: &str) {
     }
     found.sort();
     assert!(
-        expected.len() > 50,
+        expected.len() > 20,
         "{what}: the oracle found {}",
         expected.len()
     );
@@ -118,27 +113,31 @@ fn agrees(arch: &str, version: &str, release: &str) {
 }
 
 macro_rules! binaries {
-    ($($test:ident: $arch:literal $version:literal $release:literal;)*) => {
-        $(#[test] fn $test() { agrees($arch, $version, $release); })*
+    ($($test:ident: $program:literal $arch:literal $version:literal $release:literal;)*) => {
+        $(#[test] fn $test() { agrees($program, $arch, $version, $release); })*
     };
 }
 
 binaries! {
-    amd64_1_13: "amd64" "0.1.0" "go1.13";
-    amd64_1_14: "amd64" "0.5.0" "go1.14";
-    amd64_1_15: "amd64" "0.8.0" "go1.15";
-    amd64_1_16: "amd64" "0.9.0" "go1.16";
-    amd64_1_17: "amd64" "0.14.0" "go1.17";
-    amd64_1_18: "amd64" "0.14.30" "go1.18";
-    amd64_1_19: "amd64" "0.15.0" "go1.19";
-    amd64_1_20: "amd64" "0.17.10" "go1.20";
-    amd64_1_23: "amd64" "0.25.0" "go1.23";
-    arm64_1_14: "arm64" "0.4.0" "go1.14";
-    arm64_1_15: "arm64" "0.8.9" "go1.15";
-    arm64_1_16: "arm64" "0.11.20" "go1.16";
-    arm64_1_17: "arm64" "0.14.0" "go1.17";
-    arm64_1_18: "arm64" "0.14.30" "go1.18";
-    arm64_1_19: "arm64" "0.15.0" "go1.19";
-    arm64_1_20: "arm64" "0.17.10" "go1.20";
-    arm64_1_23: "arm64" "0.25.0" "go1.23";
+    amd64_1_7: "ibazel" "amd64" "0.0.1" "go1.7";
+    amd64_1_9: "ibazel" "amd64" "0.1.1" "go1.9";
+    amd64_1_11: "ibazel" "amd64" "0.9.1" "go1.11";
+    amd64_1_12: "ibazel" "amd64" "0.10.3" "go1.12";
+    amd64_1_13: "esbuild" "amd64" "0.1.0" "go1.13";
+    amd64_1_14: "esbuild" "amd64" "0.5.0" "go1.14";
+    amd64_1_15: "esbuild" "amd64" "0.8.0" "go1.15";
+    amd64_1_16: "esbuild" "amd64" "0.9.0" "go1.16";
+    amd64_1_17: "esbuild" "amd64" "0.14.0" "go1.17";
+    amd64_1_18: "esbuild" "amd64" "0.14.30" "go1.18";
+    amd64_1_19: "esbuild" "amd64" "0.15.0" "go1.19";
+    amd64_1_20: "esbuild" "amd64" "0.17.10" "go1.20";
+    amd64_1_23: "esbuild" "amd64" "0.25.0" "go1.23";
+    arm64_1_14: "esbuild" "arm64" "0.4.0" "go1.14";
+    arm64_1_15: "esbuild" "arm64" "0.8.9" "go1.15";
+    arm64_1_16: "esbuild" "arm64" "0.11.20" "go1.16";
+    arm64_1_17: "esbuild" "arm64" "0.14.0" "go1.17";
+    arm64_1_18: "esbuild" "arm64" "0.14.30" "go1.18";
+    arm64_1_19: "esbuild" "arm64" "0.15.0" "go1.19";
+    arm64_1_20: "esbuild" "arm64" "0.17.10" "go1.20";
+    arm64_1_23: "esbuild" "arm64" "0.25.0" "go1.23";
 }

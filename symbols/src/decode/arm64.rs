@@ -25,6 +25,16 @@ pub(super) fn instructions(
         .map(|(address, word)| translate(VirtualAddress(address), u32::from_le_bytes(*word)))
 }
 
+/// See [`super::calls_of`].
+pub(super) fn calls_of(
+    start: VirtualAddress,
+    code: &[u8],
+    target: VirtualAddress,
+) -> Vec<VirtualAddress> {
+    let calls = instructions(start, code).filter(|i| i.flow == Flow::Call(target));
+    calls.map(|call| call.address).collect()
+}
+
 fn register(word: u32, at: u32) -> Register {
     (word >> at & 31) as Register
 }

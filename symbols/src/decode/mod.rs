@@ -219,3 +219,17 @@ pub(crate) fn from_entry(
     let amd64 = amd64.into_iter().flatten();
     amd64.chain(arm64.into_iter().flatten())
 }
+
+/// The addresses in `code`, which starts at `start`, at which the bytes are those of a direct call of
+/// `target`, in order. Whether an instruction starts there is not asked.
+pub(crate) fn calls_of(
+    architecture: Architecture,
+    start: VirtualAddress,
+    code: &[u8],
+    target: VirtualAddress,
+) -> Vec<VirtualAddress> {
+    match architecture {
+        Architecture::Amd64 => amd64::calls_of(start, code, target),
+        Architecture::Arm64 => arm64::calls_of(start, code, target),
+    }
+}

@@ -195,10 +195,15 @@ impl<'data> Pclntab<'data> {
         self.data.u8(func.offset.checked_add(offset)?)
     }
 
+    /// Whether the table tells which functions have defers.
+    pub fn tells_defers(&self) -> bool {
+        self.fields().deferreturn.is_some()
+    }
+
     /// Offset from the entry of the first CALL of deferreturn; 0 if the function has no defer.
-    /// (amd64 1.13 stores the CALL's address + 1.)
+    /// (amd64 1.12 and 1.13 store the CALL's address + 1.)
     pub fn deferreturn(&self, func: Func) -> Option<u32> {
-        self.field(func, self.fields().deferreturn)
+        self.field(func, self.fields().deferreturn?)
     }
 
     /// The offset of the function's name in the name table: equal for equal names.
@@ -212,7 +217,8 @@ impl<'data> Pclntab<'data> {
 
     /// Whether the compiler made the function as a wrapper of another.
     pub fn is_wrapper(&self, func: Func) -> bool {
-        self.func_id(func) == Some(self.layout.wrapper_func_id)
+        let id = self.layout.wrapper_func_id;
+        id.is_some() && self.func_id(func) == id
     }
 
     pub fn name(&self, func: Func) -> Option<&'data [u8]> {

@@ -5,9 +5,6 @@ use crate::VirtualAddress;
 use crate::bytes::Bytes;
 use crate::release::InlineEntry;
 
-/// `PCDATA_InlTreeIndex`, in all releases.
-const INLINE_INDEX: u32 = 2;
-
 impl<'data> Pclntab<'data> {
     /// `(address, value)` steps of a pc-value table: each value holds from its address to the
     /// next step's; the last step's value is only a terminator.
@@ -73,7 +70,7 @@ impl<'data> Pclntab<'data> {
 
     /// The first address at which an inlined call begins.
     pub fn first_inlined(&self, func: Func) -> Option<VirtualAddress> {
-        let table = self.pcdata_table(func, INLINE_INDEX)?;
+        let table = self.pcdata_table(func, self.layout.inline_tree?.pcdata)?;
         let mut start = func.entry;
         for step in self.steps(func, table) {
             if step.value >= 0 {
@@ -113,8 +110,9 @@ impl<'data> Pclntab<'data> {
         let mut calls = Vec::new();
         let mut at = address;
         while calls.len() < DEEPEST {
-            let index = self
-                .pcdata(func, INLINE_INDEX, at)
+            let table = self.layout.inline_tree;
+            let index = table
+                .and_then(|table| self.pcdata(func, table.pcdata, at))
                 .and_then(|i| u64::try_from(i).ok());
             let Some(entry) = index.and_then(|i| i.checked_mul(size)) else {
                 break;

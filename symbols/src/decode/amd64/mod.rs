@@ -91,6 +91,24 @@ impl Iterator for Instructions<'_> {
     }
 }
 
+/// See [`super::calls_of`].
+pub(super) fn calls_of(
+    start: VirtualAddress,
+    code: &[u8],
+    target: VirtualAddress,
+) -> Vec<VirtualAddress> {
+    const CALL: u8 = 0xe8;
+    const LENGTH: u64 = 5;
+    let calls = memchr::memchr_iter(CALL, code).filter_map(|at| {
+        let distance = code.get(at + 1..)?.first_chunk()?;
+        let address = start.checked_add(at as u64)?;
+        let distance = i64::from(i32::from_le_bytes(*distance));
+        let to = address.checked_add(LENGTH)?.0.wrapping_add_signed(distance);
+        (to == target.0).then_some(address)
+    });
+    calls.collect()
+}
+
 /// A store of `size` bytes.
 fn store(to: Place, value: Operand, size: u8) -> Op {
     // Larger than a word: a run of unknown words, of which two are enough for a closure slot.
