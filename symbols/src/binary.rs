@@ -8,6 +8,7 @@ use crate::dwarf::Members;
 use crate::elf::Image;
 use crate::error::damaged;
 use crate::module::Module;
+use crate::pclntab::Pclntab;
 use crate::release::{KNOWN, Layout, Release};
 use crate::sites::Search;
 use crate::{
@@ -23,6 +24,8 @@ pub struct Binary<'data> {
     image: Image<'data>,
     build: BuildInfo,
     release: Release,
+    /// Whether the release is not named, or the table not marked as Go's.
+    is_obfuscated: bool,
     module: Module<'data>,
     /// Read when first needed.
     members: OnceLock<Members>,
@@ -39,6 +42,21 @@ pub struct Frame {
     pub line: u32,
     /// The line on which the function starts (since 1.20), otherwise 0, also for inlined frames.
     pub start_line: u32,
+}
+
+/// The release by the names of the runtime's functions, which garble leaves as they are.
+fn runtime_release<'data>(
+    image: &Image<'data>,
+    location: pclntab::Location<'data>,
+) -> Option<Release> {
+    // Names and functions stand at the same places in all tables that garble knows.
+    let layout = Layout::all().iter().rfind(|layout| {
+        let is_of_table = |magic| layout.magic == magic;
+        location.magic.is_none_or(is_of_table)
+    });
+    let table = Pclntab::new(location, layout?).ok()?;
+    let functions = (0..table.count).filter_map(|index| table.func(image, index));
+    Release::of_runtime(functions.filter_map(|func| table.runtime_name(func)))
 }
 
 impl<'data> Binary<'data> {
@@ -59,23 +77,31 @@ impl<'data> Binary<'data> {
                 Release::parse(version)
                     .filter(|release| release.minor <= LAST_WITHOUT)
                     .and_then(|release| Layout::of(release, version).ok())
-                    .is_some_and(|layout| layout.magic == location.magic)
+                    .is_some_and(|layout| Some(layout.magic) == location.magic)
             };
             BuildInfo::of_variable(&image, bytes, fits)
         });
-        let build = build.ok_or_else(|| {
+        let mut build = build.ok_or_else(|| {
             let problem = "it is missing, so the Go release is unknown: Go 1.12 and older wrote none, \
                            and nothing else names one";
             damaged("build info", problem)
         })?;
-        let release = Release::parse(&build.version).ok_or_else(|| {
-            // What garble writes there.
-            if build.version.trim_end() == "unknown" {
-                return Error::Obfuscated("its build info names no Go release");
-            }
+        let named = Release::parse(&build.version);
+        // What garble writes there.
+        if named.is_none() && build.version.trim_end() != "unknown" {
             let problem = format!("it names no Go release: {:?}", build.version);
-            damaged("build info", problem)
-        })?;
+            return Err(damaged("build info", problem));
+        }
+        let release = named
+            .or_else(|| runtime_release(&image, location))
+            .ok_or_else(|| {
+                let problem =
+                    "its build info names no Go release, nor do the runtime's functions tell one";
+                Error::Obfuscated(problem.into())
+            })?;
+        if named.is_none() {
+            build.version = release.to_string();
+        }
         let layout = Layout::of(release, &build.version)?;
         let module = Module::find(&image, location, layout)?;
         Ok(Self {
@@ -83,6 +109,7 @@ impl<'data> Binary<'data> {
             image,
             build,
             release,
+            is_obfuscated: named.is_none() || location.magic.is_none(),
             module,
             members: OnceLock::new(),
         })
@@ -117,6 +144,15 @@ impl<'data> Binary<'data> {
             }
             warnings.push(format!(
                 "{version} is newer than this deferprof knows ({KNOWN}), but looks the same"
+            ));
+        }
+        if self.is_obfuscated {
+            if let Some(problem) = search.difference(&sites) {
+                return Err(Error::Obfuscated(problem));
+            }
+            warnings.push(format!(
+                "its names are obfuscated; by the runtime's functions it is of {}",
+                self.release
             ));
         }
         if self.release.knows_only_the_heap() {

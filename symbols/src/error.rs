@@ -29,7 +29,7 @@ pub enum Error {
     Packed(&'static str, &'static str),
     /// garble or the like.
     #[error("it is an obfuscated Go binary: {0}, so its defers cannot be found")]
-    Obfuscated(&'static str),
+    Obfuscated(String),
     /// A structure of the Go runtime is damaged or cut off.
     #[error("its {structure} is damaged: {problem}")]
     Damaged {

@@ -208,7 +208,7 @@ impl Search<'_, '_> {
         let (funcs, callees, _) = self.functions();
         // Not all: the compiler may have removed every defer of a function as unreachable.
         let with_sites: HashSet<_> = sites.iter().map(|s| s.function_entry).collect();
-        if with_sites.len() < funcs.len().div_ceil(10) * 9 {
+        if with_sites.len() * 10 < funcs.len() * 9 {
             return Some(format!(
                 "{} functions have defers by their tables, and in only {} some were found",
                 funcs.len(),

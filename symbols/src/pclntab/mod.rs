@@ -60,7 +60,7 @@ impl<'data> Pclntab<'data> {
             data,
             magic,
         } = location;
-        if magic != layout.magic {
+        if let Some(magic) = magic.filter(|magic| *magic != layout.magic) {
             return Err(damaged(
                 STRUCTURE,
                 format!(
