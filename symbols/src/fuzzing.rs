@@ -202,9 +202,13 @@ fn structures(bytes: &[u8]) -> Vec<(usize, usize)> {
     ranges
 }
 
-/// Any bytes as amd64 code.
+/// Where code to be decoded stands.
+const START: VirtualAddress = VirtualAddress(0x40_0000);
+
+/// Any bytes as amd64 code, which must be the same by way of iced.
 pub fn decode_amd64(data: &[u8]) {
-    decoded(Architecture::Amd64, data);
+    let code = decoded(Architecture::Amd64, data);
+    assert_eq!(code, decode::by_iced(START, data));
 }
 
 /// Any bytes as arm64 code.
@@ -212,11 +216,12 @@ pub fn decode_arm64(data: &[u8]) {
     decoded(Architecture::Arm64, data);
 }
 
-fn decoded(architecture: Architecture, data: &[u8]) {
+fn decoded(architecture: Architecture, data: &[u8]) -> Vec<decode::Instruction> {
     let mut code = Vec::new();
-    decode::function(architecture, VirtualAddress(0x40_0000), data, &mut code);
+    decode::function(architecture, START, data, &mut code);
     assert!(code.is_sorted_by_key(|i| i.address));
     assert!(code.len() <= data.len());
+    code
 }
 
 /// Any bytes as DWARF: the first two say how many of them are abbreviations.

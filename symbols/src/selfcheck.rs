@@ -9,6 +9,7 @@ use crate::decode::{Flow, Op, Place};
 use crate::elf::Image;
 use crate::module::Module;
 use crate::pclntab::Func;
+use crate::release::Release;
 use crate::{Mechanism, VirtualAddress};
 
 /// Where `deferprocStack` stores into the record since 1.22: sp, pc, link, head. (`fn` is the
@@ -21,6 +22,7 @@ pub(crate) fn difference(
     module: &Module<'_>,
     callees: &Callees,
     with_defers: &[Func],
+    release: Release,
 ) -> Option<String> {
     let decode = |func| Code::decode(image, module, callees, func);
     // `_func.deferreturn` leads to a CALL of deferreturn.
@@ -41,6 +43,10 @@ pub(crate) fn difference(
                 func.entry
             ));
         }
+    }
+    // The record of one that is known has been seen.
+    if !release.is_newer_than_known() {
+        return None;
     }
     // A program without such defers is linked without it.
     let entry = callees.entry_of(Callee::Registers(Mechanism::Stack))?;

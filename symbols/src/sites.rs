@@ -203,7 +203,7 @@ impl Search<'_, '_> {
         }
     }
 
-    /// What tells a release that the table does not know from the last that it knows.
+    /// What tells the binary from one of its release, or from the last that the table knows.
     pub fn difference(&self, sites: &[Site]) -> Option<String> {
         let (funcs, callees, _) = self.functions();
         // Not all: the compiler may have removed every defer of a function as unreachable.
@@ -215,7 +215,7 @@ impl Search<'_, '_> {
                 with_sites.len()
             ));
         }
-        selfcheck::difference(self.image, self.module, &callees, &funcs)
+        selfcheck::difference(self.image, self.module, &callees, &funcs, self.release)
     }
 
     /// One pass over pclntab: the functions with defers, and those whose calls mean something.

@@ -2,7 +2,7 @@
 //! Made of fixtures whose bytes are changed where the difference would be.
 
 use deferprof_fixtures::{Arch, Build, Fixture, Toolchain};
-use deferprof_symbols::{Binary, Error, Mechanism};
+use deferprof_symbols::{Binary, Error, Inventory, Mechanism};
 
 /// A stripped fixture's bytes, and the toolchain's release; `None`, saying why, without a toolchain.
 fn fixture(release: &str, arch: Arch) -> Option<(Vec<u8>, String)> {
@@ -108,7 +108,16 @@ fn a_newer_release_with_another_record_is_refused() {
     println!("{error}");
 }
 
-/// As garble does with names: those of all functions are others of the same length.
+/// Makes the names that start so others of the same length.
+fn obfuscate(bytes: &mut [u8], package: &str) {
+    for at in places(bytes, package.as_bytes()) {
+        for byte in bytes[at + 1..].iter_mut().take_while(|byte| **byte != 0) {
+            *byte = byte.rotate_left(3) | 0x40;
+        }
+    }
+}
+
+/// Where also the runtime's names are others.
 #[test]
 fn obfuscated_names_leave_the_open_coded_sites() {
     for arch in [Arch::Amd64, Arch::Arm64] {
@@ -122,13 +131,8 @@ fn obfuscated_names_leave_the_open_coded_sites() {
             open
         };
         let all = sorted(Binary::parse(&bytes).unwrap().inventory().unwrap().sites);
-        for package in ["\0runtime.", "\0main."] {
-            for at in places(&bytes, package.as_bytes()) {
-                for byte in bytes[at + 1..].iter_mut().take_while(|byte| **byte != 0) {
-                    *byte = byte.rotate_left(3) | 0x40;
-                }
-            }
-        }
+        obfuscate(&mut bytes, "\0runtime.");
+        obfuscate(&mut bytes, "\0main.");
         let inventory = Binary::parse(&bytes).unwrap().inventory().unwrap();
         let warning = inventory.warnings.first().unwrap();
         assert!(warning.contains("obfuscated"), "{warning}");
@@ -138,21 +142,77 @@ fn obfuscated_names_leave_the_open_coded_sites() {
     }
 }
 
-/// As newer garble does: a function table in a format of its own, and no release.
+/// What garble's linker does (`internal/linker/patches` of 0.9 to 0.16): a magic number of the build's own,
+/// and in each `_func` an entry that only its own runtime can read. The build info names no release.
+fn garbled(bytes: &[u8], version: &str) -> Vec<u8> {
+    const KEY: u32 = 0x9e37_79b1;
+    let mut bytes = renamed(bytes, version, &format!("{:<1$}", "unknown", version.len()));
+    let magics: [&[u8]; 2] = [b"\xf1\xff\xff\xff\0\0", b"\xf0\xff\xff\xff\0\0"];
+    let headers = magics.iter().flat_map(|magic| places(&bytes, magic));
+    let header = headers.max_by_key(|at| word(&bytes, at + 8)).unwrap();
+    bytes[header..header + 4].copy_from_slice(&0x1234_5678u32.to_le_bytes());
+    let functab = header + word(&bytes, header + 64) as usize;
+    for index in 0..word(&bytes, header + 8) as usize {
+        let func = functab + half(&bytes, functab + 8 * index + 4) as usize;
+        let entry = half(&bytes, func) ^ half(&bytes, func + 4).wrapping_mul(KEY);
+        bytes[func..func + 4].copy_from_slice(&entry.to_le_bytes());
+    }
+    obfuscate(&mut bytes, "\0main.");
+    bytes
+}
+
+fn half(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn word(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
 #[test]
-fn an_obfuscated_table_is_named() {
-    let Some((mut bytes, version)) = fixture("1.27", Arch::Amd64) else {
+fn garbled_executables_have_all_their_sites() {
+    for release in [
+        "1.19", "1.21", "1.22", "1.23", "1.24", "1.25", "1.26", "1.27",
+    ] {
+        for arch in [Arch::Amd64, Arch::Arm64] {
+            let Some((bytes, version)) = fixture(release, arch) else {
+                continue;
+            };
+            let inventory = |bytes: &[u8]| Binary::parse(bytes).unwrap().inventory().unwrap();
+            let facts = |inventory: &Inventory| {
+                let sites = inventory.sites.iter();
+                let sites = sites.map(|s| (s.pc, s.mechanism, s.reason, s.bit, s.registration));
+                let mut sites: Vec<_> = sites.collect();
+                sites.sort_by_key(|site| site.0);
+                sites
+            };
+            let garbled = inventory(&garbled(&bytes, &version));
+            assert_eq!(
+                facts(&garbled),
+                facts(&inventory(&bytes)),
+                "{version} {arch}"
+            );
+            assert_eq!(garbled.binary.go_version, format!("go{release}"));
+            assert_eq!(garbled.warnings.len(), 1, "{:?}", garbled.warnings);
+            assert!(garbled.warnings[0].contains("obfuscated"));
+        }
+    }
+}
+
+/// `garble -tiny` leaves no names of the runtime's own; another tool may leave no table at all.
+#[test]
+fn what_is_obfuscated_further_is_named() {
+    let Some((bytes, version)) = fixture("1.27", Arch::Amd64) else {
         return;
     };
-    let unknown = format!("{:<1$}", "unknown", version.len());
-    for error in [
-        Binary::parse(&renamed(&bytes, &version, &unknown)).unwrap_err(),
-        {
-            let header = first(&bytes, b"\xf1\xff\xff\xff\0\0\x01\x08");
-            bytes[header..header + 4].copy_from_slice(&0x1234_5678u32.to_le_bytes());
-            Binary::parse(&bytes).unwrap_err()
-        },
-    ] {
+    let garbled = garbled(&bytes, &version);
+    let mut nameless = garbled.clone();
+    obfuscate(&mut nameless, "\0runtime.");
+    let mut tableless = garbled;
+    let header = first(&tableless, &0x1234_5678u32.to_le_bytes());
+    tableless[header + 64..header + 72].fill(0xff);
+    for bytes in [nameless, tableless] {
+        let error = Binary::parse(&bytes).unwrap_err();
         assert!(matches!(error, Error::Obfuscated(_)), "{error}");
         println!("{error}");
     }

@@ -10,6 +10,8 @@ mod objdump;
 
 use crate::plan::InstructionKind;
 use crate::{Architecture, VirtualAddress};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use amd64::by_iced;
 
 /// A general register by its hardware number; amd64: 0 RAX … 15 R15, arm64: 0 X0 … 30 X30.
 pub(crate) type Register = u8;

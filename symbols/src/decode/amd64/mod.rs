@@ -81,6 +81,13 @@ impl<'a> Instructions<'a> {
     }
 }
 
+/// The instructions of `code`, all of them by way of iced.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn by_iced(entry: VirtualAddress, code: &[u8]) -> Vec<Instruction> {
+    let mut all = Instructions::new(entry, code);
+    std::iter::from_fn(|| Some(all.rare(all.address()?))).collect()
+}
+
 impl Iterator for Instructions<'_> {
     type Item = Instruction;
 
