@@ -25,9 +25,13 @@ pub fn links_of(pid: Pid) -> Vec<u32> {
 
 /// How many trace events the kernel has that a process has defined.
 pub fn events_of(pid: Pid) -> usize {
-    let events = fs::read_dir("/sys/kernel/tracing/events/deferprof");
+    let mounts = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+    let mount = mounts
+        .into_iter()
+        .find(|mount| fs::exists(format!("{mount}/events")).unwrap_or(false));
+    let events = mount.map(|mount| fs::read_dir(format!("{mount}/events/deferprof")));
     let own = format!("p{pid}_");
-    let names = events.into_iter().flatten().flatten();
+    let names = events.into_iter().flatten().flatten().flatten();
     names
         .filter(|event| event.file_name().to_string_lossy().starts_with(&own))
         .count()
