@@ -69,6 +69,8 @@ impl<'data> Binary<'data> {
         let image = Image::parse(bytes)?;
         let build = BuildInfo::find(&image);
         let location = pclntab::locate(&image)
+            // What only looks like a table is none without build info.
+            .filter(|location| location.magic.is_some() || build.is_some())
             .ok_or_else(|| pclntab::missing(&image, bytes, build.is_some()))?;
         let build = build.or_else(|| {
             /// The last that leaves build info out of anything.
@@ -101,6 +103,13 @@ impl<'data> Binary<'data> {
             })?;
         if named.is_none() {
             build.version = release.to_string();
+        }
+        if release.is_newer_than_known() && location.magic.is_none() {
+            return Err(Error::NewRelease {
+                version: build.version,
+                known: KNOWN,
+                problem: "the function table has a magic number of its own".into(),
+            });
         }
         let layout = Layout::of(release, &build.version)?;
         let module = Module::find(&image, location, layout)?;
@@ -151,7 +160,7 @@ impl<'data> Binary<'data> {
                 return Err(Error::Obfuscated(problem));
             }
             warnings.push(format!(
-                "its names are obfuscated; by the runtime's functions it is of {}",
+                "it is obfuscated: names and lines are not those of its source, and {} is what it looks like",
                 self.release
             ));
         }

@@ -324,7 +324,7 @@ const MARKS: &[(u16, [&str; 2])] = &[
 
 impl Release {
     /// The release whose runtime has these functions (their names without `runtime.`); `None` unless
-    /// they tell just one of 1.19 to the newest known.
+    /// they tell just one of 1.19 to the newest known. One that is newer still is taken for that.
     pub fn of_runtime<'a>(functions: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
         let mut seen = [[false; 2]; MARKS.len()];
         for function in functions {
@@ -355,6 +355,11 @@ impl Release {
     /// Newer than the table's last row was tested with.
     pub fn is_newer_than_known(self) -> bool {
         self > NEWEST
+    }
+
+    /// Not older than the table's last row.
+    pub fn is_newest_or_newer(self) -> bool {
+        self >= NEWEST
     }
 
     /// Every defer takes a record from the heap.

@@ -44,8 +44,8 @@ pub(crate) fn difference(
             ));
         }
     }
-    // The record of one that is known has been seen.
-    if !release.is_newer_than_known() {
+    // The record of an older one is another.
+    if !release.is_newest_or_newer() {
         return None;
     }
     // A program without such defers is linked without it.

@@ -268,10 +268,16 @@ impl Search<'_, '_> {
             return Vec::new();
         };
         let mut callers: Vec<Func> = Vec::new();
+        let mut reached = *text;
         let target = VirtualAddress(deferproc);
         for call in decode::calls_of(self.image.architecture, *text, code, target) {
-            if callers.last().is_none_or(|last| last.end <= call) {
-                callers.extend(table.find(self.image, call));
+            // In order, and so not more code altogether than there is.
+            let in_order = |f: &Func| reached <= f.entry;
+            let func = Some(call).filter(|call| reached <= *call);
+            let func = func.and_then(|call| table.find(self.image, call));
+            if let Some(func) = func.filter(in_order) {
+                reached = func.end;
+                callers.push(func);
             }
         }
         callers

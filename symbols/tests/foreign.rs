@@ -217,3 +217,17 @@ fn what_is_obfuscated_further_is_named() {
         println!("{error}");
     }
 }
+
+/// A new magic number means a new format, whatever it looks like.
+#[test]
+fn a_newer_release_with_another_magic_number_is_refused() {
+    let Some((bytes, version)) = fixture("1.27", Arch::Amd64) else {
+        return;
+    };
+    let mut bytes = renamed(&bytes, &version, &newer(&version));
+    let header = first(&bytes, b"\xf1\xff\xff\xff\0\0\x01\x08");
+    bytes[header] = 0xf2;
+    let error = Binary::parse(&bytes).unwrap_err();
+    assert!(matches!(error, Error::NewRelease { .. }), "{error}");
+    println!("{error}");
+}

@@ -96,7 +96,8 @@ fn check_foreign_header<'data>(
     let end = functab.checked_add(count.checked_mul(8)?)?;
     let entry = |index: u64| data.u32(functab.checked_add(index.checked_mul(8)?)?);
     let entries: Option<Vec<u32>> = (0..count.min(16)).map(entry).collect();
-    let in_order = parts.is_sorted() && entries?.is_sorted() && end < data.len() as u64;
+    let follow = parts.is_sorted_by(|a, b| a < b);
+    let in_order = follow && entries?.is_sorted() && end < data.len() as u64;
     in_order.then_some(Location {
         address,
         data,
