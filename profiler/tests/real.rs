@@ -77,6 +77,11 @@ struct Events {
 
 const TRACEFS: &str = "/sys/kernel/tracing";
 
+/// The kernel's profile names no groups: the names must be of this process alone.
+fn event(number: usize) -> String {
+    format!("t{}_{number}", std::process::id())
+}
+
 impl Events {
     fn at(binary: &Path, sites: &[Site]) -> Self {
         let events = Self {
@@ -85,7 +90,8 @@ impl Events {
         };
         for (number, site) in sites.iter().enumerate() {
             let (path, offset) = (binary.display(), site.registration.offset.0);
-            events.command(&format!("p:{}/s{number} {path}:{offset:#x}", events.group));
+            let define = format!("p:{}/{} {path}:{offset:#x}", events.group, event(number));
+            events.command(&define).unwrap();
         }
         std::fs::write(events.switch(), "1").unwrap();
         events
@@ -95,26 +101,23 @@ impl Events {
         format!("{TRACEFS}/events/{}/enable", self.group)
     }
 
-    fn command(&self, command: &str) {
+    fn command(&self, command: &str) -> std::io::Result<()> {
         let file = format!("{TRACEFS}/uprobe_events");
-        let mut file = File::options().append(true).open(file).unwrap();
-        file.write_all(command.as_bytes()).unwrap();
+        let mut file = File::options().append(true).open(file)?;
+        file.write_all(command.as_bytes())
     }
 
     /// How often each was hit.
     fn hits(&self) -> Vec<u64> {
         let text = std::fs::read_to_string(format!("{TRACEFS}/uprobe_profile")).unwrap();
-        let mut hits = vec![0; self.count];
-        for line in text.lines() {
+        let counts = text.lines().filter_map(|line| {
             let mut words = line.split_whitespace().rev();
-            let (Some(count), Some(event)) = (words.next(), words.next()) else {
-                continue;
-            };
-            if let Some(Ok(number)) = event.strip_prefix('s').map(str::parse::<usize>) {
-                hits[number] = count.parse().unwrap();
-            }
-        }
-        hits
+            let count = words.next()?.parse().ok()?;
+            Some((words.next()?, count))
+        });
+        let counts: BTreeMap<&str, u64> = counts.collect();
+        let events = (0..self.count).map(event);
+        events.map(|event| counts[event.as_str()]).collect()
     }
 }
 
@@ -122,7 +125,8 @@ impl Drop for Events {
     fn drop(&mut self) {
         std::fs::write(self.switch(), "0").ok();
         for number in 0..self.count {
-            self.command(&format!("-:{}/s{number}", self.group));
+            let remove = format!("-:{}/{}", self.group, event(number));
+            self.command(&remove).ok();
         }
     }
 }

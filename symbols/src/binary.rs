@@ -24,8 +24,10 @@ pub struct Binary<'data> {
     image: Image<'data>,
     build: BuildInfo,
     release: Release,
-    /// Whether the release is not named, or the table not marked as Go's.
-    is_obfuscated: bool,
+    /// Whether the release is not named, but what the runtime's functions tell.
+    is_guessed: bool,
+    /// Whether the function table has a magic number of Go's.
+    is_marked: bool,
     module: Module<'data>,
     /// Read when first needed.
     members: OnceLock<Members>,
@@ -75,17 +77,18 @@ impl<'data> Binary<'data> {
         let build = build.or_else(|| {
             /// The last that leaves build info out of anything.
             const LAST_WITHOUT: u16 = 19;
+            let is_of_table = |layout: &Layout| Some(layout.magic) == location.magic;
             let fits = |version: &str| {
-                Release::parse(version)
-                    .filter(|release| release.minor <= LAST_WITHOUT)
-                    .and_then(|release| Layout::of(release, version).ok())
-                    .is_some_and(|layout| Some(layout.magic) == location.magic)
+                let release = Release::parse(version).filter(|r| r.minor <= LAST_WITHOUT);
+                // One older than the table is refused as such.
+                let layout = release.map(|release| Layout::of(release, version));
+                layout.is_some_and(|layout| layout.map_or(true, is_of_table))
             };
             BuildInfo::of_variable(&image, bytes, fits)
         });
         let mut build = build.ok_or_else(|| {
-            let problem = "it is missing, so the Go release is unknown: Go 1.12 and older wrote none, \
-                           and nothing else names one";
+            let problem = "it is missing, and nothing else names one Go release for certain: Go 1.12 and older \
+                           wrote none";
             damaged("build info", problem)
         })?;
         let named = Release::parse(&build.version);
@@ -104,11 +107,17 @@ impl<'data> Binary<'data> {
         if named.is_none() {
             build.version = release.to_string();
         }
-        if release.is_newer_than_known() && location.magic.is_none() {
-            return Err(Error::NewRelease {
-                version: build.version,
-                known: KNOWN,
-                problem: "the function table has a magic number of its own".into(),
+        // garble names no release where it changes the magic number.
+        if named.is_some() && location.magic.is_none() {
+            let problem = "its magic number is not one of Go's";
+            return Err(if release.is_newer_than_known() {
+                Error::NewRelease {
+                    version: build.version,
+                    known: KNOWN,
+                    problem: format!("of its function table {problem}"),
+                }
+            } else {
+                damaged("pclntab", problem)
             });
         }
         let layout = Layout::of(release, &build.version)?;
@@ -118,7 +127,8 @@ impl<'data> Binary<'data> {
             image,
             build,
             release,
-            is_obfuscated: named.is_none() || location.magic.is_none(),
+            is_guessed: named.is_none(),
+            is_marked: location.magic.is_some(),
             module,
             members: OnceLock::new(),
         })
@@ -128,7 +138,7 @@ impl<'data> Binary<'data> {
     ///
     /// # Errors
     /// [`Error::NewRelease`] if the binary is of a release that is newer than the tables and not as
-    /// they say. What could not be followed is in [`Inventory::warnings`].
+    /// they say, [`Error::Obfuscated`] if it names none and is not as the one that it seems to be of. What could not be followed is in [`Inventory::warnings`].
     pub fn inventory(&self) -> Result<Inventory> {
         let optimizations_off = reason::optimizations_off(&self.build);
         let search = Search {
@@ -155,14 +165,20 @@ impl<'data> Binary<'data> {
                 "{version} is newer than this deferprof knows ({KNOWN}), but looks the same"
             ));
         }
-        if self.is_obfuscated {
+        if self.is_guessed {
             if let Some(problem) = search.difference(&sites) {
                 return Err(Error::Obfuscated(problem));
             }
-            warnings.push(format!(
-                "it is obfuscated: names and lines are not those of its source, and {} is what it looks like",
-                self.release
-            ));
+            let or_newer = if self.may_be_newer() { " or newer" } else { "" };
+            let release = self.release;
+            warnings.push(if self.is_marked {
+                format!("it names no Go release: by its functions it is of {release}{or_newer}")
+            } else {
+                format!(
+                    "it is obfuscated: names and lines are not those of its source, and by its functions it is of \
+                     {release}{or_newer}"
+                )
+            });
         }
         if self.release.knows_only_the_heap() {
             warnings.push(format!(
@@ -194,6 +210,9 @@ impl<'data> Binary<'data> {
     /// # Errors
     /// Why this binary's runtime does not tell.
     pub fn pool_probes(&self) -> std::result::Result<PoolProbes, PoolUnavailable> {
+        if self.may_be_newer() {
+            return Err(PoolUnavailable::Release(self.perhaps_newer()));
+        }
         runtime::pool(&self.image, &self.module, self.release, self.members())
     }
 
@@ -203,8 +222,21 @@ impl<'data> Binary<'data> {
     /// # Errors
     /// Why this binary's runtime does not tell.
     pub fn run_probes(&self, sites: &[Site]) -> std::result::Result<RunProbes, RunsUnavailable> {
+        if self.may_be_newer() {
+            return Err(RunsUnavailable::Release(self.perhaps_newer()));
+        }
         let members = self.members();
         runtime::runs(&self.image, &self.module, self.release, members, sites)
+    }
+
+    /// Whether it may be of a release newer than the table without saying so: then offsets in the
+    /// runtime's structures are not to be relied on.
+    fn may_be_newer(&self) -> bool {
+        self.is_guessed && self.release.is_newest_or_newer()
+    }
+
+    fn perhaps_newer(&self) -> String {
+        format!("what may be newer than {}", self.release)
     }
 
     fn members(&self) -> &Members {
@@ -216,7 +248,7 @@ impl<'data> Binary<'data> {
         (&self.image, &self.module)
     }
 
-    /// The Go release as the build info names it.
+    /// The Go release as the binary names it; without the patch release where only its functions tell it.
     pub fn go_version(&self) -> &str {
         &self.build.version
     }

@@ -54,10 +54,11 @@ impl BuildInfo {
         file: &[u8],
         fits: impl Fn(&str) -> bool,
     ) -> Option<Self> {
-        Self::of_symbol(image, file)
-            .or_else(|| Self::of_header(image))
-            .or_else(|| Self::of_text(image))
-            .filter(|build| fits(&build.version))
+        let fits = |build: &Self| fits(&build.version);
+        let of_symbol = Self::of_symbol(image, file).filter(&fits);
+        of_symbol
+            .or_else(|| Self::of_header(image).filter(&fits))
+            .or_else(|| Self::of_text(image).filter(&fits))
     }
 
     /// Its value, if among the variables there is only one string that is just a release.

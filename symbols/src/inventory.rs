@@ -22,7 +22,8 @@ pub struct Inventory {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct BinaryInfo {
-    /// The release as the build info names it, such as `go1.27.3`.
+    /// The release as the binary names it, such as `go1.27.3`; without the patch release where only its
+    /// functions tell it (garble).
     pub go_version: String,
     /// The instruction set.
     pub architecture: Architecture,

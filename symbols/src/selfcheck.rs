@@ -1,5 +1,5 @@
-//! Whether a release newer than the table still is as its last row says: asked of the code of the
-//! binary itself, before anything found by that row is believed.
+//! Whether a binary is as the row of its release says, where that is not certain (it is newer than the
+//! table, or names no release): asked of its own code, before anything found by that row is believed.
 
 use std::collections::BTreeSet;
 
@@ -15,6 +15,8 @@ use crate::{Mechanism, VirtualAddress};
 /// Where `deferprocStack` stores into the record since 1.22: sp, pc, link, head. (`fn` is the
 /// caller's store.)
 const RECORD_STORES: [i64; 4] = [8, 16, 32, 40];
+
+const FIRST_WITH_STORES: Release = Release { minor: 22 };
 
 /// The first thing that is not as expected, as the end of a sentence.
 pub(crate) fn difference(
@@ -44,8 +46,7 @@ pub(crate) fn difference(
             ));
         }
     }
-    // The record of an older one is another.
-    if !release.is_newest_or_newer() {
+    if release < FIRST_WITH_STORES {
         return None;
     }
     // A program without such defers is linked without it.

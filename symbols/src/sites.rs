@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::{Builder, ScopedJoinHandle};
 
 use crate::callee::{Namer, text};
 use crate::calls::{Callee, Callees};
@@ -158,7 +159,9 @@ impl Search<'_, '_> {
         let share = || self.share(&funcs, &callees, &taken, MOST_MEMORY / threads);
         let mut found = Found::default();
         std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(share)).collect();
+            // Where there is no thread to be had, fewer do it.
+            let others = (1..threads).map_while(|_| Builder::new().spawn_scoped(scope, share).ok());
+            let others: Vec<_> = others.collect();
             found = share();
             for other in others {
                 match other.join() {
@@ -234,39 +237,50 @@ impl Search<'_, '_> {
             let mut shares = shares.into_iter();
             let first = shares.next();
             let others: Vec<_> = shares
-                .map(|share| scope.spawn(move || look(share)))
+                .map(|share| {
+                    let thread = Builder::new();
+                    let theirs = share.clone();
+                    // Where there is no thread to be had, this one does it.
+                    let thread = thread.spawn_scoped(scope, move || look(theirs));
+                    (thread, share)
+                })
                 .collect();
             let first = first.map(look).unwrap_or_default();
-            others.into_iter().fold(first, |found, other| {
-                let other = other.join();
+            others.into_iter().fold(first, |found, (thread, share)| {
+                let other = thread.map_or_else(|_| Ok(look(share)), ScopedJoinHandle::join);
                 found.with(other.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             })
         });
         if found.overlap {
             found = Functions::of(self, 0..count);
         }
-        if !self.module.table.tells_defers() {
-            found.with_defers = self.callers_of_deferproc(&found.callees);
-        }
         let outside = found.outside;
         let warning = (outside > 0).then(|| {
             format!("{outside} functions of pclntab lie outside the file or overlap: it is damaged")
         });
-        (found.with_defers, found.callees, Vec::from_iter(warning))
+        let mut warnings = Vec::from_iter(warning);
+        if !self.module.table.tells_defers() {
+            match self.callers_of_deferproc(&found.callees) {
+                Some(callers) => found.with_defers = callers,
+                None => {
+                    let problem =
+                        "its functions with defers are not known: it has no runtime.deferproc";
+                    warnings.push(problem.into());
+                }
+            }
+        }
+        (found.with_defers, found.callees, warnings)
     }
 
     /// The functions that may call `deferproc`, where their table does not tell which do: bytes of a
-    /// CALL may be those of something else.
-    fn callers_of_deferproc(&self, callees: &Callees) -> Vec<Func> {
+    /// CALL may be those of something else. `None` without the code or `deferproc`.
+    fn callers_of_deferproc(&self, callees: &Callees) -> Option<Vec<Func>> {
         let Module {
             table, text, etext, ..
         } = self.module;
         let code = etext.offset_from(*text);
-        let code = code.and_then(|length| self.image.read(*text, length));
-        let deferproc = callees.entry_of(Callee::Registers(Mechanism::Heap));
-        let (Some(code), Some(deferproc)) = (code, deferproc) else {
-            return Vec::new();
-        };
+        let code = code.and_then(|length| self.image.read(*text, length))?;
+        let deferproc = callees.entry_of(Callee::Registers(Mechanism::Heap))?;
         let mut callers: Vec<Func> = Vec::new();
         let mut reached = *text;
         let target = VirtualAddress(deferproc);
@@ -280,7 +294,7 @@ impl Search<'_, '_> {
                 callers.push(func);
             }
         }
-        callers
+        Some(callers)
     }
 
     fn function(&self, func: Func, callees: &Callees, scratch: &mut Scratch, found: &mut Found) {

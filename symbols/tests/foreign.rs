@@ -178,7 +178,11 @@ fn garbled_executables_have_all_their_sites() {
             let Some((bytes, version)) = fixture(release, arch) else {
                 continue;
             };
-            let inventory = |bytes: &[u8]| Binary::parse(bytes).unwrap().inventory().unwrap();
+            let inventory = |bytes: &[u8]| {
+                let binary = Binary::parse(bytes);
+                let binary = binary.unwrap_or_else(|error| panic!("{version} {arch}: {error}"));
+                binary.inventory().unwrap()
+            };
             let facts = |inventory: &Inventory| {
                 let sites = inventory.sites.iter();
                 let sites = sites.map(|s| (s.pc, s.mechanism, s.reason, s.bit, s.registration));
@@ -186,7 +190,13 @@ fn garbled_executables_have_all_their_sites() {
                 sites.sort_by_key(|site| site.0);
                 sites
             };
-            let garbled = inventory(&garbled(&bytes, &version));
+            let garbled = garbled(&bytes, &version);
+            // Without section headers the table is searched for.
+            let mut headless = garbled.clone();
+            headless[40..48].fill(0);
+            headless[58..64].fill(0);
+            let garbled = inventory(&garbled);
+            assert_eq!(facts(&inventory(&headless)), facts(&garbled));
             assert_eq!(
                 facts(&garbled),
                 facts(&inventory(&bytes)),
@@ -216,6 +226,51 @@ fn what_is_obfuscated_further_is_named() {
         assert!(matches!(error, Error::Obfuscated(_)), "{error}");
         println!("{error}");
     }
+}
+
+/// A release that is only guessed may be a newer one.
+#[test]
+fn what_may_be_newer_is_not_asked_for_its_structures() {
+    for (release, is_known) in [("1.26", true), ("1.27", false)] {
+        let Some((bytes, version)) = fixture(release, Arch::Amd64) else {
+            continue;
+        };
+        let garbled = garbled(&bytes, &version);
+        let binary = Binary::parse(&garbled).unwrap();
+        let inventory = binary.inventory().unwrap();
+        assert_eq!(binary.pool_probes().is_ok(), is_known, "{release}");
+        assert_eq!(binary.run_probes(&inventory.sites).is_ok(), is_known);
+        assert_eq!(inventory.warnings[0].contains("or newer"), !is_known);
+    }
+}
+
+/// Releases older than the table, and what looks like a table in what is not Go's.
+#[test]
+fn what_is_older_or_no_go_is_named() {
+    let own = std::env::current_exe().unwrap();
+    let mut bytes = std::fs::read(own).unwrap();
+    assert_eq!(Binary::parse(&bytes).unwrap_err(), Error::NotGo);
+    let Some((table, _)) = fixture("1.27", Arch::Amd64) else {
+        return;
+    };
+    // Ours ends with names of symbols, which nothing asks for here: a table takes their place.
+    let header = first(&table, b"\xf1\xff\xff\xff\0\0\x01\x08");
+    let mut table = table[header..header + (1 << 19)].to_vec();
+    table[0] = 0x12;
+    let load = first(&bytes, b"\x01\0\0\0\x05\0\0\0");
+    let start = word(&bytes, load + 8) as usize;
+    let end = start + word(&bytes, load + 32) as usize;
+    assert!(end - start > table.len());
+    bytes[start.next_multiple_of(64)..][..table.len()].copy_from_slice(&table);
+    assert_eq!(Binary::parse(&bytes).unwrap_err(), Error::NotGo);
+
+    let old = deferprof_fixtures::cache().join("ibazel/amd64/0.0.1/ibazel");
+    if !old.exists() {
+        return println!("go1.7.3: skipped: run `fixtures/download/npm ibazel` to fetch it");
+    }
+    let older = renamed(&std::fs::read(old).unwrap(), "go1.7.3", "go1.6.3");
+    let error = Binary::parse(&older).unwrap_err();
+    assert!(matches!(error, Error::UnknownRelease { .. }), "{error}");
 }
 
 /// A new magic number means a new format, whatever it looks like.

@@ -334,6 +334,29 @@ fn arm64() {
     run(Arch::Arm64);
 }
 
+/// What UPX leaves of an executable: program headers, its marker, and no pclntab to be found.
+#[test]
+fn what_a_packer_leaves_is_named() {
+    let Ok(toolchain) = Toolchain::newest() else {
+        return println!("skipped: no toolchain");
+    };
+    let fixture = Fixture::find("conditionals").unwrap();
+    let build = Build::default().ldflags("-s -w");
+    let mut bytes = std::fs::read(fixture.build(&toolchain, &build).unwrap()).unwrap();
+    // Compressed data looks random; the headers and the marker behind them stay.
+    let mut random = 1u32;
+    for byte in &mut bytes[1024..] {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = (random >> 24) as u8;
+    }
+    bytes[40..48].fill(0);
+    bytes[58..64].fill(0);
+    assert_eq!(Binary::parse(&bytes).unwrap_err(), Error::NotGo);
+    bytes[800..804].copy_from_slice(b"UPX!");
+    let error = Binary::parse(&bytes).unwrap_err();
+    assert!(matches!(error, Error::Packed("UPX", _)), "{error}");
+}
+
 /// Packed by UPX itself: named as such, and the command that the error gives makes it readable again.
 #[test]
 fn packed_executables_are_named() {

@@ -57,7 +57,8 @@ pub struct Target {
     /// Its arguments, the program's name first.
     #[serde(default)]
     pub args: Vec<String>,
-    /// The release as the build info names it, such as `go1.27.3`.
+    /// The release as the binary names it, such as `go1.27.3`; without the patch release where only its
+    /// functions tell it (garble).
     pub go_version: String,
     /// `amd64` or `arm64`.
     pub arch: String,

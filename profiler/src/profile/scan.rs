@@ -24,7 +24,8 @@ pub struct Scan {
 pub struct ScanBinary {
     /// The path as the user gave it.
     pub path: String,
-    /// The release as the build info names it, such as `go1.27.3`.
+    /// The release as the binary names it, such as `go1.27.3`; without the patch release where only its
+    /// functions tell it (garble).
     pub go_version: String,
     /// `amd64` or `arm64`.
     pub arch: String,

@@ -16,25 +16,18 @@ pub(crate) struct Location<'data> {
 
 /// Finds the header: by section, else by a search that validates each candidate.
 pub(crate) fn locate<'data>(image: &Image<'data>) -> Option<Location<'data>> {
-    let sections = || {
-        [&b".gopclntab"[..], b".data.rel.ro.gopclntab"]
-            .into_iter()
-            .filter_map(|name| {
-                let address = image.section(name)?.address;
-                Some((address, image.bytes_from(address)?))
-            })
-    };
-    let mut segments = image.segments.iter();
-    sections()
-        .find_map(|(address, data)| check_header(image, address, data))
-        .or_else(|| segments.find_map(|segment| search(image, segment)))
-        .or_else(|| {
-            sections().find_map(|(address, data)| check_foreign_header(image, address, data))
-        })
-        .or_else(|| {
-            let mut segments = image.segments.iter();
-            segments.find_map(|segment| search_foreign(image, segment))
-        })
+    let by_section = [&b".gopclntab"[..], b".data.rel.ro.gopclntab"]
+        .into_iter()
+        .find_map(|name| {
+            let address = image.section(name)?.address;
+            let data = image.bytes_from(address)?;
+            check_header(image, address, data)
+                .or_else(|| check_foreign_header(image, address, data))
+        });
+    let segments = || image.segments.iter();
+    by_section
+        .or_else(|| segments().find_map(|segment| search(image, segment)))
+        .or_else(|| segments().find_map(|segment| search_foreign(image, segment)))
 }
 
 fn search<'data>(image: &Image<'data>, segment: &Segment<'data>) -> Option<Location<'data>> {
@@ -67,8 +60,8 @@ fn search_foreign<'data>(
     image: &Image<'data>,
     segment: &Segment<'data>,
 ) -> Option<Location<'data>> {
-    /// The linker's alignment of the table is larger.
-    const ALIGNMENT: u64 = 16;
+    /// The linker's: 32 up to 1.25, then that of a word.
+    const ALIGNMENT: u64 = 8;
     memchr::memmem::find_iter(segment.data, &shape(image)).find_map(|at| {
         let start = (at as u64).checked_sub(SHAPE)?;
         let address = segment.address.checked_add(start)?;
