@@ -138,7 +138,8 @@ impl<'data> Binary<'data> {
     ///
     /// # Errors
     /// [`Error::NewRelease`] if the binary is of a release that is newer than the tables and not as
-    /// they say, [`Error::Obfuscated`] if it names none and is not as the one that it seems to be of. What could not be followed is in [`Inventory::warnings`].
+    /// they say, [`Error::Obfuscated`] if it names none and is not as the one that it seems to be of.
+    /// What could not be followed is in [`Inventory::warnings`].
     pub fn inventory(&self) -> Result<Inventory> {
         let optimizations_off = reason::optimizations_off(&self.build);
         let search = Search {

@@ -9,6 +9,20 @@ use crate::elf::Image;
 use crate::release::Layout;
 use crate::{Architecture, Binary, VirtualAddress, decode, module, pclntab};
 
+/// xorshift64*: seeded, so that a failure can be repeated.
+#[derive(Debug)]
+pub struct Random(pub u64);
+
+impl Random {
+    /// The next number.
+    pub fn step(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
 /// Scans an executable and asks it for frames; an error is a fine answer.
 pub fn scan(bytes: &[u8]) {
     let Ok(binary) = Binary::parse(bytes) else {

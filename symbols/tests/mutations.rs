@@ -9,7 +9,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use deferprof_fixtures::{Arch, Build, Fixture, Toolchain};
-use deferprof_symbols::{Binary, fuzzing};
+use deferprof_symbols::Binary;
+use deferprof_symbols::fuzzing::{self, Random};
 
 /// Counts what the scans of this process allocate.
 struct Counting;
@@ -56,18 +57,6 @@ fn measured(work: impl FnOnce()) -> (usize, usize) {
     )
 }
 
-/// xorshift64*: seeded, so that a failure can be repeated.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-}
-
 fn binary(release: &str, build: &Build) -> Option<Vec<u8>> {
     let toolchain = match Toolchain::find(release) {
         Ok(toolchain) => toolchain,
@@ -106,8 +95,8 @@ fn corrupted(release: &str, build: &Build, cases: u64) {
     let mut bytes = Vec::new();
     for case in 0..cases * factor.unwrap_or(1) {
         let mut random = Random(case.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        let edits: Vec<u8> = (0..6 * (1 + random.next() % 4))
-            .map(|_| (random.next() >> 56) as u8)
+        let edits: Vec<u8> = (0..6 * (1 + random.step() % 4))
+            .map(|_| (random.step() >> 56) as u8)
             .collect();
         seed.edited(&mut bytes, &edits);
         let used = measured(|| fuzzing::scan(&bytes));

@@ -1,5 +1,6 @@
 //! x86-64: what Go emits most is decoded here, the rest by iced-x86.
 
+mod encoding;
 mod rare;
 mod usual;
 
@@ -44,7 +45,7 @@ impl<'a> Instructions<'a> {
     #[inline]
     fn read(&mut self, instruction: &mut Instruction) {
         let rest = self.code.get(self.position..).unwrap_or_default();
-        let mut end = [0; usual::WINDOW];
+        let mut end = [0; encoding::WINDOW];
         let window = rest.first_chunk().unwrap_or_else(|| {
             for (byte, of_code) in end.iter_mut().zip(rest) {
                 *byte = *of_code;
@@ -139,18 +140,7 @@ fn store(to: Place, value: Operand, size: u8) -> Op {
 mod tests {
     use super::*;
     use crate::decode::{Faults, InstructionKind};
-
-    /// xorshift64*
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self) -> u64 {
-            self.0 ^= self.0 >> 12;
-            self.0 ^= self.0 << 25;
-            self.0 ^= self.0 >> 27;
-            self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-        }
-    }
+    use crate::fuzzing::Random;
 
     fn one(code: &[u8]) -> Instruction {
         let first = Instructions::new(VirtualAddress(0x1000), code).next();
@@ -187,12 +177,12 @@ mod tests {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let mut by_opcode = [0u32; 512];
         for _ in 0..4_000_000 {
-            let (head, tail) = (random.next(), random.next());
+            let (head, tail) = (random.step(), random.step());
             let mut code = [0; 16];
             code[8..].copy_from_slice(&tail.to_le_bytes());
             code[..8].copy_from_slice(&head.to_le_bytes());
             // Half of them with a prefix, REX, both; and a quarter of those from the second table.
-            let start = match random.next() % 8 {
+            let start = match random.step() % 8 {
                 0 => &[0x48][..],
                 1 => &[0x66],
                 2 => &[0xf2, 0x0f],

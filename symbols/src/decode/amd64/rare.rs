@@ -428,19 +428,16 @@ fn to_register(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzzing::Random;
 
     /// What the classes leave out must be what iced says is not there.
     #[test]
     fn classes_agree_with_iced() {
         let mut factory = InstructionInfoFactory::new();
-        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let mut compared = [0; Class::Unknown as usize];
         for _ in 0..2_000_000 {
-            // xorshift64*
-            seed ^= seed >> 12;
-            seed ^= seed << 25;
-            seed ^= seed >> 27;
-            let random = seed.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes();
+            let random = random.step().to_le_bytes();
             let mut code = [0; 16];
             code[..8].copy_from_slice(&random);
             let mut decoder = Decoder::with_ip(64, &code, 0x1000, DecoderOptions::NONE);
